@@ -1,0 +1,29 @@
+"""hf_compress: distil, prune and quantize fine-tuned Transformers models, and measure what was kept."""
+
+import importlib
+from typing import Any
+
+_MODULES = {
+    "Cost": "hf_compress.evaluation.cost",
+    "DistillationArguments": "hf_compress.distillation.config",
+    "DistillationTrainer": "hf_compress.distillation.trainer",
+    "StudentConfig": "hf_compress.distillation.config",
+    "compare_latency": "hf_compress.evaluation.cost",
+    "load_metric": "hf_compress.evaluation.metrics",
+    "make_student": "hf_compress.distillation.student",
+    "measure_cost": "hf_compress.evaluation.cost",
+    "score_retention": "hf_compress.evaluation.retention",
+}
+
+__version__ = "0.1.0"
+__all__ = sorted(_MODULES)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'hf_compress' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,122 @@
+"""What a model predicts: its task, read from its class, and the order of its labels, read from its config."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.models.auto import modeling_auto
+
+# The first match wins: T5ForConditionalGeneration, for one, is listed under several tasks.
+_CLASS_NAMES: dict[str, frozenset[str]] = {
+    task: frozenset(name for names in mapping.values() for name in ((names,) if isinstance(names, str) else names))
+    for task, mapping in (
+        ("sequence-classification", modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
+        ("token-classification", modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES),
+        ("question-answering", modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES),
+        ("seq2seq-lm", modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
+        ("masked-lm", modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
+        ("causal-lm", modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+        ("image-classification", modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES),
+        ("feature-extraction", modeling_auto.MODEL_MAPPING_NAMES),
+    )
+}
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The Transformers model inside wrappers that add none of their own outputs.
+
+    Args:
+        model (`nn.Module`): A model, possibly inside `DistributedDataParallel`, `torch.compile` or a PEFT wrapper.
+
+    Returns:
+        `nn.Module`: The innermost model, whose class and config say what it is.
+    """
+    from accelerate.utils import extract_model_from_parallel
+
+    model = extract_model_from_parallel(model, keep_fp32_wrapper=True, keep_torch_compile=False)
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+
+
+def task_of(model: nn.Module) -> str:
+    """The task that a model was built for.
+
+    Args:
+        model (`nn.Module`): A Transformers model, wrapped or not.
+
+    Returns:
+        `str`: `"sequence-classification"`, `"token-classification"`, `"question-answering"`, `"seq2seq-lm"`,
+        `"masked-lm"`, `"causal-lm"`, `"image-classification"` or `"feature-extraction"`.
+
+    Raises:
+        ValueError: if the class is none that an `AutoModelFor...` of these tasks would build.
+    """
+    name = type(unwrap(model)).__name__
+    for task, class_names in _CLASS_NAMES.items():
+        if name in class_names:
+            return task
+    raise ValueError(
+        f"The task of a {name} is unknown: no AutoModelFor... class of {', '.join(_CLASS_NAMES)} builds it. "
+        "Load the model with the AutoModelFor... class of its task."
+    )
+
+
+def problem_type(config: Any, labels: torch.Tensor | None = None) -> str:
+    """Which kind of classification a head does, by the rule of Transformers' own models.
+
+    Args:
+        config (`PreTrainedConfig`): Config of the model; its `problem_type` decides where it is set.
+        labels (`torch.Tensor`, *optional*): Labels of one batch; floats for more than one output mean multi-label.
+
+    Returns:
+        `str`: `"regression"`, `"single_label_classification"` or `"multi_label_classification"`.
+    """
+    if config.problem_type is not None:
+        return config.problem_type
+    if config.num_labels == 1:
+        return "regression"
+    if labels is not None and labels.is_floating_point():
+        return "multi_label_classification"
+    return "single_label_classification"
+
+
+def label_permutation(source_config: Any, target_config: Any) -> list[int] | None:
+    """The columns of one model's logits in the order of another model's labels.
+
+    Args:
+        source_config (`PreTrainedConfig`): Config of the model whose logits are to be reordered (the teacher).
+        target_config (`PreTrainedConfig`): Config of the model that sets the order (the student).
+
+    Returns:
+        `list[int]` or `None`: `source_logits[..., permutation]` is in the target's order; `None` where the orders
+        agree already.
+
+    Raises:
+        ValueError: if the label names differ as sets, or if a name occurs twice.
+    """
+    source = [source_config.id2label[i] for i in range(source_config.num_labels)]
+    target = [target_config.id2label[i] for i in range(target_config.num_labels)]
+    if source == target:
+        return None
+    if len(source) != len(target) or set(source) != set(target) or len(set(source)) != len(source):
+        raise ValueError(
+            f"Teacher and student do not share their labels: the teacher has {source}, the student {target}. "
+            "Outputs can only be matched by name: give both the same `id2label` and `label2id` "
+            "(`AutoModelFor....from_pretrained(..., id2label=teacher.config.id2label, "
+            "label2id=teacher.config.label2id)`)."
+        )
+    return [source.index(name) for name in target]
+
+
+def forward_columns(model: nn.Module) -> set[str]:
+    """Names of the inputs that a model's `forward` takes.
+
+    Args:
+        model (`nn.Module`): A Transformers model, wrapped or not.
+
+    Returns:
+        `set[str]`: The parameter names, without `*args` and `**kwargs`.
+    """
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = inspect.signature(unwrap(model).forward).parameters
+    return {name for name, parameter in parameters.items() if parameter.kind not in kinds}
