@@ -1,0 +1,1 @@
+"""Teach: students, losses and the trainer of distillation."""
