@@ -1,0 +1,120 @@
+"""What a run found: one table for the terminal and for report.md, and report.json with every figure."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+HEADINGS = ("model", "{metric}", "retention [95 %]", "parameters", "MB", "MACs", "latency", "faster")
+
+
+def write_report(report: dict[str, Any], folder: Path) -> None:
+    """Writes `report.md`, and last, because it marks the run as finished, `report.json`.
+
+    Args:
+        report (`dict`): As `hf_compress.pipeline.distill` returns it.
+        folder (`Path`): The run's folder.
+    """
+    (folder / "report.md").write_text(markdown(report))
+    partial = folder / "report.json.partial"
+    partial.write_text(json.dumps(report, indent=2) + "\n")
+    partial.rename(folder / "report.json")
+
+
+def table_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The table of a report as texts, headings first.
+
+    Args:
+        report (`dict`): As `hf_compress.pipeline.distill` returns it.
+
+    Returns:
+        `list[tuple[str, ...]]`: One row per model; the first is what the others are compared with.
+    """
+    rows = [tuple(heading.format(metric=report["metric"]) for heading in HEADINGS)]
+    for model in report["models"]:
+        quality, cost, name = model["quality"], model["cost"], model["name"]
+        rows.append(
+            (
+                name,
+                f"{100 * quality['compressed']:.1f} %",
+                _retention(quality),
+                f"{cost['parameters']['total'] / 1e6:.1f} M",
+                f"{cost['bytes_on_disk'] / 1e6:.1f}",
+                f"{cost['macs'] / cost['conditions']['batch_size'] / 1e6:.0f} M",
+                f"{1000 * report['latency']['latency'][name]['median_s']:.0f} ms",
+                f"{1 / report['latency']['ratio'][name]:.2f}x",
+            )
+        )
+    return rows
+
+
+def _retention(quality: dict[str, Any]) -> str:
+    if quality["retention"] is None:
+        return "-"
+    low, high = quality["retention_interval"]
+    return f"{100 * quality['retention']:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def conditions(report: dict[str, Any]) -> str:
+    """Under which the figures of a report were measured, in one sentence.
+
+    Args:
+        report (`dict`): As `hf_compress.pipeline.distill` returns it.
+
+    Returns:
+        `str`: Rows, device, threads, dtype, batch, sequence length and versions.
+    """
+    c = report["latency"]["conditions"]
+    dtypes = {latency["dtype"] for latency in report["latency"]["latency"].values()}
+    return (
+        f"Quality on {report['rows_measured_on']} rows, trained on {report['rows_trained_on']}; MACs per row; latency "
+        f"of a batch of {c['batch_size']} rows of {c['sequence_length']} tokens, {'/'.join(sorted(dtypes))}, "
+        f"{c['device']} ({c['processor']}), {c['threads']} threads, torch {c['torch_version']}, "
+        f"transformers {c['transformers_version']}. "
+        "All figures are of the models saved and loaded again."
+    )
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report as a page.
+
+    Args:
+        report (`dict`): As `hf_compress.pipeline.distill` returns it.
+
+    Returns:
+        `str`: Markdown.
+    """
+    headings, *rows = table_rows(report)
+    lines = ["| " + " | ".join(row) + " |" for row in (headings, ("---",) * len(headings), *rows)]
+    training = ", ".join(f"{name} {value}" for name, value in report["training"].items())
+    job = report["job"]
+    return (
+        f"# {job['student_layers']}-layer student of {Path(job['model']).name} on {job['dataset']}\n\n"
+        + "\n".join(lines)
+        + f"\n\n{conditions(report)}\n\nTraining: {training}.\n"
+    )
+
+
+def show_report(report: dict[str, Any], folder: Path) -> None:
+    """Shows the table on the terminal, and what to type next.
+
+    Args:
+        report (`dict`): As `hf_compress.pipeline.distill` returns it.
+        folder (`Path`): The run's folder.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    headings, *rows = table_rows(report)
+    table = Table(*headings)
+    for row in rows:
+        table.add_row(*row)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    console.print(table)
+    console.print(conditions(report), style="dim", highlight=False)
+    console.print(f"\nAll figures: {folder / 'report.json'}, {folder / 'report.md'}", highlight=False)
+    console.print("What next? The student is a stock checkpoint and needs no plug-in:\n", highlight=False)
+    code = f"from transformers import pipeline\nclassify = pipeline('text-classification', '{folder / 'student'}')"
+    console.print(code, style="bold", highlight=False, soft_wrap=True)
+    console.print("\nYour own model and data: hf-compress distill --help", highlight=False)
