@@ -1,0 +1,1 @@
+"""What a model is: the only folder that knows architectures."""
