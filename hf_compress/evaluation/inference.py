@@ -1,0 +1,245 @@
+"""Running a model over a dataset to measure it: the columns it takes, its task's logits, its labels."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from hf_compress.modeling.tasks import forward_columns, task_of, unwrap
+
+IGNORED = -100  # the label that Transformers' losses skip, and the padding of its stacked predictions
+_TARGETS = {"labels", "start_positions", "end_positions"}
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What `predict` returns.
+
+    Attributes:
+        logits (`np.ndarray`): `(n, classes)`; `(n, length, classes)` where the task labels tokens; `(n, 2, length)`
+            for question answering, start then end. Shorter rows are padded with -100.
+        labels (`np.ndarray` or `None`): `(n,)`, `(n, classes)` for multi-label, `(n, length)` padded with -100, or
+            `(n, 2)` for question answering; `None` where the dataset has none.
+    """
+
+    logits: np.ndarray
+    labels: np.ndarray | None
+
+
+@contextmanager
+def inference(*models: nn.Module) -> Iterator[None]:
+    """Evaluation mode without autograd; on leaving, every submodule has the training flag it had before.
+
+    Args:
+        models (`nn.Module`): The models to switch.
+    """
+    flags = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module, is_training in flags:
+            module.training = is_training
+
+
+def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a batch that a model's forward takes, on the model's device, without labels.
+
+    Columns that the forward does not know are left out (`token_type_ids` for DistilBERT). Labels are left out too, so
+    that no loss is computed, except for an encoder-decoder that has to make its decoder's inputs from them.
+
+    Args:
+        model (`nn.Module`): A Transformers model.
+        batch (`Mapping`): Tensors by column name.
+
+    Returns:
+        `dict`: Keyword arguments of the forward.
+
+    Raises:
+        ValueError: if the batch has no input of the model.
+    """
+    core = unwrap(model)
+    wanted = forward_columns(model)
+    if not core.config.is_encoder_decoder or "decoder_input_ids" in batch:
+        wanted -= _TARGETS
+    inputs = {name: value.to(core.device) for name, value in batch.items() if name in wanted}
+    if not inputs:
+        raise ValueError(
+            f"The batch has the columns {sorted(batch)}, of which {type(core).__name__} takes none as input. "
+            f"Give it a dict of tensors with some of {sorted(wanted)}, e.g. `tokenizer(texts, return_tensors='pt')`."
+        )
+    return inputs
+
+
+def task_logits(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
+    """Logits of a model's task head for one batch.
+
+    Args:
+        model (`nn.Module`): A Transformers model with a task head.
+        batch (`Mapping`): Tensors by column name.
+
+    Returns:
+        `torch.Tensor`: `(batch, classes)` or `(batch, length, classes)`; for question answering `(batch, 2, length)`,
+        start then end, with -100 at padding so that the answer cannot depend on how far a batch is padded.
+    """
+    outputs = model(**model_inputs(model, batch), return_dict=True)
+    if task_of(model) != "question-answering":
+        return outputs.logits
+    logits = torch.stack([outputs.start_logits, outputs.end_logits], dim=1)
+    if "attention_mask" in batch:
+        is_padding = batch["attention_mask"].to(logits.device)[:, None, :] == 0
+        logits = logits.masked_fill(is_padding, IGNORED)
+    return logits
+
+
+def task_labels(task: str, batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    """Labels of one batch in the layout of `task_logits`.
+
+    Args:
+        task (`str`): What `task_of` returns.
+        batch (`Mapping`): Tensors by column name.
+
+    Returns:
+        `torch.Tensor` or `None`: Labels, -100 where a position does not count. A causal language model without a
+        label column predicts its own input, except padding.
+    """
+    if task == "question-answering" and {"start_positions", "end_positions"} <= set(batch):
+        return torch.stack([batch["start_positions"], batch["end_positions"]], dim=1)
+    if "labels" in batch:
+        return batch["labels"]
+    if task == "causal-lm":
+        is_token = batch["attention_mask"] != 0 if "attention_mask" in batch else torch.ones_like(batch["input_ids"])
+        return batch["input_ids"].masked_fill(~is_token.bool(), IGNORED)
+    return None
+
+
+def batches(
+    dataset: Sequence[Mapping[str, Any]],
+    models: Sequence[nn.Module],
+    *,
+    processing_class: Any = None,
+    data_collator: Callable | None = None,
+    batch_size: int = 64,
+    label_column: str = "labels",
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Collated batches of a dataset, in its order, with the columns that any of the models takes.
+
+    Args:
+        dataset (`datasets.Dataset` or a sequence of dicts): Tokenised rows.
+        models (`Sequence[nn.Module]`): Models of one task.
+        processing_class (*optional*): Tokenizer that pads; `None` stacks rows of equal length.
+        data_collator (`Callable`, *optional*): Replaces the collator of the task.
+        batch_size (`int`, *optional*, defaults to `64`): Rows per batch.
+        label_column (`str`, *optional*, defaults to `"labels"`): Column of the labels; `"label"` is understood too.
+
+    Yields:
+        `dict[str, torch.Tensor]`: One batch, its labels under `"labels"`.
+
+    Raises:
+        ValueError: if the dataset is empty, or rows differ in length and nothing can pad them.
+    """
+    if len(dataset) == 0:
+        raise ValueError("The dataset has no rows, so there is nothing to measure. Give a split that has some.")
+    columns = set().union(*(forward_columns(model) for model in models))
+    collate = data_collator or _default_collator(task_of(models[0]), processing_class)
+
+    def select_and_collate(rows: list[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        return dict(collate([_select(row, columns, label_column) for row in rows]))
+
+    yield from torch.utils.data.DataLoader(dataset, batch_size=batch_size, collate_fn=select_and_collate)
+
+
+def predict(
+    model: nn.Module,
+    dataset: Sequence[Mapping[str, Any]],
+    *,
+    processing_class: Any = None,
+    data_collator: Callable | None = None,
+    batch_size: int = 64,
+    label_column: str = "labels",
+    progress: Callable[[int, int], None] | None = None,
+) -> Predictions:
+    """Logits and labels of a whole dataset, in its order.
+
+    Args:
+        model (`nn.Module`): A Transformers model with a task head; its training flags are left as they were.
+        dataset (`datasets.Dataset` or a sequence of dicts): Tokenised rows; columns that the model does not take are
+            ignored.
+        processing_class (*optional*): Tokenizer that pads.
+        data_collator (`Callable`, *optional*): Replaces the collator of the task.
+        batch_size (`int`, *optional*, defaults to `64`): Rows per forward.
+        label_column (`str`, *optional*, defaults to `"labels"`): Column of the labels; `"label"` is understood too.
+        progress (`Callable[[int, int], None]`, *optional*): Called after each batch with the rows done and in all.
+
+    Returns:
+        `Predictions`: float32 logits and the labels. Language models make `(n, length, vocabulary)`: score those with
+        `score_retention`, which stores no logits.
+    """
+    task = task_of(model)
+    logits, labels, n_done = [], [], 0
+    loader = batches(
+        dataset,
+        [model],
+        processing_class=processing_class,
+        data_collator=data_collator,
+        batch_size=batch_size,
+        label_column=label_column,
+    )
+    with inference(model):
+        for batch in loader:
+            logits.append(task_logits(model, batch).float().cpu().numpy())
+            batch_labels = task_labels(task, batch)
+            if batch_labels is not None:
+                labels.append(batch_labels.cpu().numpy())
+            n_done += len(logits[-1])
+            if progress is not None:
+                progress(n_done, len(dataset))
+    return Predictions(_pad_and_concatenate(logits), _pad_and_concatenate(labels) if labels else None)
+
+
+def _select(row: Mapping[str, Any], columns: set[str], label_column: str) -> dict[str, Any]:
+    selected = {name: value for name, value in row.items() if name in columns and name != "labels"}
+    source = next((name for name in (label_column, "label") if name in row), None)
+    return selected if source is None else {**selected, "labels": row[source]}
+
+
+def _default_collator(task: str, processing_class: Any) -> Callable:
+    from transformers import data
+
+    if processing_class is None or task == "image-classification":
+        return _stack
+    if task == "seq2seq-lm":
+        return data.DataCollatorForSeq2Seq(processing_class)
+    if task in ("token-classification", "masked-lm", "causal-lm"):
+        return data.DataCollatorForTokenClassification(processing_class)
+    return data.DataCollatorWithPadding(processing_class)
+
+
+def _stack(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    from transformers import default_data_collator
+
+    for name, first in rows[0].items():
+        is_sequence = isinstance(first, list) or (isinstance(first, np.ndarray | torch.Tensor) and first.ndim > 0)
+        lengths = {len(row[name]) for row in rows} if is_sequence else set()
+        if len(lengths) > 1:
+            raise ValueError(
+                f"Column {name!r} has rows of lengths {min(lengths)} to {max(lengths)}, which cannot be stacked. "
+                "Pass `processing_class=tokenizer` to pad them, or a `data_collator`."
+            )
+    return default_data_collator(rows)
+
+
+def _pad_and_concatenate(arrays: list[np.ndarray]) -> np.ndarray:
+    shape = np.max([array.shape[1:] for array in arrays], axis=0).astype(int) if arrays[0].ndim > 1 else ()
+    stacked = np.full((sum(map(len, arrays)), *shape), IGNORED, dtype=arrays[0].dtype)
+    start = 0
+    for array in arrays:
+        stacked[(slice(start, start + len(array)), *map(slice, array.shape[1:]))] = array
+        start += len(array)
+    return stacked
