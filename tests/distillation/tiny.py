@@ -19,6 +19,7 @@ from hf_compress import DistillationArguments, DistillationTrainer
 
 VOCABULARY = 50
 LENGTHS = (3, 9, 5, 12, 4, 7, 12, 6)
+MINIMAL_LENGTH = 0  # what batches are padded to at least
 
 SHAPE = {
     "hidden_size": 16,
@@ -56,10 +57,9 @@ _CLASSES = {
 def tiny_model(task: str, layers: int = 2, seed: int = 0, **config) -> PreTrainedModel:
     set_seed(seed)
     if task == "causal-lm":
-        llama = LlamaConfig(num_hidden_layers=layers, num_key_value_heads=1, **SHAPE, **config)
-        return LlamaForCausalLM(llama)
+        return LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, **{"num_key_value_heads": 1, **SHAPE, **config}))
     model_class, extra = _CLASSES[task]
-    return model_class(BertConfig(num_hidden_layers=layers, **SHAPE, **{**NO_DROPOUT, **extra, **config}))
+    return model_class(BertConfig(num_hidden_layers=layers, **{**SHAPE, **NO_DROPOUT, **extra, **config}))
 
 
 def tiny_rows(task: str) -> list[dict]:
@@ -96,7 +96,7 @@ class PadCollator:
     padding = {"input_ids": 0, "attention_mask": 0, "token_type_ids": 0, "labels": -100}
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        length = max(len(row["input_ids"]) for row in rows)
+        length = max(MINIMAL_LENGTH, *(len(row["input_ids"]) for row in rows))
         batch = {}
         for name in rows[0]:
             values = [row[name] for row in rows]

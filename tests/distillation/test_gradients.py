@@ -1,0 +1,74 @@
+"""The gradient of an optimizer step is one thing, however the step is cut into batches and processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.distillation import tiny
+from tests.distillation.tiny import TASKS, make_trainer, relative_difference, step_gradients, tiny_model, tiny_rows
+
+TOLERANCE = 1e-5
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_accumulation_changes_no_gradient(task, tmp_path):
+    whole = step_gradients(task, tmp_path, batch_size=8, accumulation=1)
+    for batch_size, accumulation in ((1, 8), (2, 4), (4, 2)):
+        parts = step_gradients(task, tmp_path, batch_size=batch_size, accumulation=accumulation)
+        assert relative_difference(whole, parts) <= TOLERANCE
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_padding_changes_no_gradient(task, tmp_path, monkeypatch):
+    short = step_gradients(task, tmp_path, batch_size=8, accumulation=1)
+    monkeypatch.setattr(tiny, "MINIMAL_LENGTH", 20)
+    long = step_gradients(task, tmp_path, batch_size=8, accumulation=1)
+    assert relative_difference(short, long) <= TOLERANCE
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_without_a_teacher_it_is_the_gradient_of_the_models_own_loss(task, tmp_path):
+    # Rows of one length: with padding, Transformers' question answering loss counts padded positions as answers.
+    rows = [row for row in tiny_rows(task) if len(row["input_ids"]) == 12]
+    student = tiny_model(task, layers=1, seed=1)
+    batch = tiny.PadCollator()(rows)
+    student(**batch).loss.backward()
+    expected = {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
+    student.zero_grad()
+    recorder = tiny.GradientRecorder()
+    make_trainer(task, tmp_path, student=student, rows=rows, callbacks=[recorder], alpha=0.0).train()
+    assert relative_difference(expected, recorder.gradients) <= TOLERANCE
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_equal_models_teach_each_other_nothing(task, tmp_path):
+    student, teacher = tiny_model(task, seed=3), tiny_model(task, seed=3)
+    recorder = tiny.GradientRecorder()
+    trainer = make_trainer(task, tmp_path, teacher=teacher, student=student, callbacks=[recorder], alpha=1.0)
+    trainer.train()
+    assert abs(trainer.state.log_history[0]["kd_loss"]) <= 1e-6
+    assert max(gradient.abs().max() for gradient in recorder.gradients.values()) <= 1e-6
+
+
+def test_two_processes_have_the_gradient_of_one(tmp_path):
+    folder = Path(__file__).parent
+    command = [sys.executable, str(folder / "two_processes.py"), str(tmp_path)]
+    root = str(folder.parent.parent)
+    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, check=True, env=environment, cwd=root, capture_output=True, text=True, timeout=240)
+    for task in TASKS:
+        single = step_gradients(task, tmp_path / "one", batch_size=8, accumulation=1)
+        for name in ("4x1", "2x2"):
+            assert relative_difference(single, load_file(tmp_path / f"{task}-{name}.safetensors")) <= TOLERANCE
+        single_log = load_file(tmp_path / f"{task}-log.safetensors")
+        trainer = make_trainer(task, tmp_path / "log", per_device_train_batch_size=8)
+        trainer.train()
+        for name in ("loss", "kd_loss", "task_loss"):
+            torch.testing.assert_close(
+                single_log[name].item(), trainer.state.log_history[0][name], rtol=1e-4, atol=1e-6
+            )

@@ -1,0 +1,121 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_compress import StudentConfig, make_student
+from hf_compress.distillation.student import choose_layers
+from hf_compress.modeling.blocks import count_layers, find_stacks
+from tests.modeling.tiny import MODEL_TYPES, auto_class, predict, tiny_batch, tiny_model
+
+RELOAD = """
+import sys, torch
+from transformers import AutoModelForSequenceClassification
+folder = sys.argv[1]
+inputs, expected = torch.load(folder + "/case.pt")
+model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+with torch.no_grad():
+    difference = (model(**inputs).logits - expected).abs().max().item()
+assert not any(name.startswith("hf_compress") for name in sys.modules)
+print(difference)
+"""
+
+
+@pytest.mark.parametrize(
+    ("total", "number", "layers", "chosen"),
+    [
+        (6, 3, "spread", [1, 3, 5]),
+        (12, 6, "spread", [1, 3, 5, 7, 9, 11]),
+        (12, 4, "spread", [2, 5, 8, 11]),
+        (7, 3, "spread", [1, 3, 6]),
+        (6, 1, "spread", [5]),
+        (6, 6, "spread", [0, 1, 2, 3, 4, 5]),
+        (6, 2, "first", [0, 1]),
+        (6, 2, "last", [4, 5]),
+        (6, None, [0, 4], [0, 4]),
+    ],
+)
+def test_choice_of_layers(total, number, layers, chosen):
+    assert choose_layers(total, number, layers) == chosen
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_every_architecture_makes_a_student_that_stock_transformers_loads(model_type, tmp_path):
+    teacher = tiny_model(model_type)
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    # The first layers, because ModernBERT's and T5's first layers have parts that no other has.
+    student = make_student(teacher, StudentConfig(num_layers=2, layers="first"))
+    assert type(student) is type(teacher)
+    for stack in find_stacks(student):
+        assert count_layers(student, stack) == 2
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    kept = student.state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in kept.items())
+    student.save_pretrained(tmp_path)
+    assert "hf_compress" not in (tmp_path / "config.json").read_text()
+    reloaded = auto_class(model_type).from_pretrained(tmp_path, attn_implementation="eager")
+    inputs = tiny_batch(teacher)
+    assert torch.equal(predict(student.eval(), inputs), predict(reloaded, inputs))
+
+
+def test_chosen_layers_and_everything_around_them_are_copied():
+    teacher = tiny_model("bert", "BertForSequenceClassification")
+    student = make_student(teacher, StudentConfig(layers=[0, 2]))
+    old, new = teacher.state_dict(), student.state_dict()
+    for position, source in enumerate([0, 2]):
+        for name in [name for name in new if f"encoder.layer.{position}." in name]:
+            assert torch.equal(new[name], old[name.replace(f"layer.{position}.", f"layer.{source}.")])
+    outside = [name for name in new if "encoder.layer" not in name]
+    assert {"bert.pooler.dense.weight", "classifier.weight", "bert.embeddings.word_embeddings.weight"} <= set(outside)
+    assert all(torch.equal(new[name], old[name]) for name in outside)
+    student.classifier.weight.data.zero_()
+    assert teacher.classifier.weight.abs().max() > 0
+
+
+def test_encoder_and_decoder_are_chosen_apart():
+    teacher = tiny_model("bart")
+    student = make_student(teacher, StudentConfig(num_layers=2, decoder_layers=[1]))
+    assert (student.config.encoder_layers, student.config.decoder_layers) == (2, 1)
+    student = make_student(teacher, StudentConfig(num_layers=1, num_decoder_layers=2))
+    assert (student.config.encoder_layers, student.config.decoder_layers) == (1, 2)
+
+
+def test_reloads_exactly_in_a_fresh_process_without_the_plug_in(tmp_path):
+    teacher = tiny_model("bert", "BertForSequenceClassification", attention="sdpa")
+    student = make_student(teacher, StudentConfig(num_layers=2))
+    inputs = tiny_batch(student)
+    student.save_pretrained(tmp_path)
+    torch.save((inputs, student(**inputs).logits.detach()), tmp_path / "case.pt")
+    found = subprocess.run(
+        [sys.executable, "-c", RELOAD, str(tmp_path)],
+        check=True, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, cwd=Path.home(),
+    )  # fmt: skip
+    assert float(found.stdout.split()[-1]) == 0.0
+
+
+def test_the_chosen_layers_are_logged(caplog):
+    with caplog.at_level("INFO", logger="hf_compress"):
+        make_student(tiny_model("bert"), StudentConfig(num_layers=1))
+    assert "Student encoder: layers [2] of the teacher's 3." in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_layers": 4}, "num_layers=4 cannot be taken from a teacher of 3 layers"),
+        ({"layers": [0, 3]}, r"layers=\[0, 3\] cannot be copied from a teacher of 3 layers"),
+        ({"layers": [-1]}, r"layers=\[-1\] cannot be copied"),
+        ({"layers": [1, 1]}, r"layers=\[1, 1\] names a layer twice"),
+        ({"num_layers": 2, "layers": [1]}, r"num_layers=2 but layers=\[1\] names 1"),
+        ({"num_layers": 0}, "num_layers=0: a student has at least 1 layer"),
+        ({"layers": []}, r"layers=\[\]"),
+        ({}, "needs num_layers"),
+        ({"num_layers": 2, "layers": "middle"}, "layers='middle' is no rule"),
+    ],
+)
+def test_impossible_students_raise(settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_student(tiny_model("bert"), StudentConfig(**settings))
