@@ -3,6 +3,8 @@
 import importlib
 from typing import Any
 
+from hf_compress.checkpoint.quantizer import register as _register_loader
+
 _MODULES = {
     "Cost": "hf_compress.evaluation.cost",
     "DistillationArguments": "hf_compress.distillation.config",
@@ -16,7 +18,10 @@ _MODULES = {
 }
 
 __version__ = "0.1.0"
-__all__ = sorted(_MODULES)  # noqa: PLE0605
+__all__ = sorted(_MODULES)
+
+
+_register_loader()
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,1 @@
+"""How a compressed model is saved: an ordinary checkpoint whose config rebuilds the skeleton."""

@@ -1,0 +1,68 @@
+"""What config.json says about a model that the stock config cannot express."""
+
+from typing import Any
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+METHOD = "hf_compress"
+VERSION = 1
+REQUIRES = "pip install hf_compress, and `import hf_compress` before from_pretrained"
+FFN_WIDTH = "ffn"
+
+
+class CompressionConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a compressed checkpoint.
+
+    Args:
+        widths (`dict[str, dict[str, int]]`): By block (`"encoder.0"`: stack and index), what is left of it: the
+            key-value groups of its attentions (`"self"`, `"cross"`; equal to the heads without grouped-query
+            attention) and the neurons of its feed-forward network (`"ffn"`).
+        version (`int`, *optional*, defaults to `1`): Version of this format.
+        **unknown: Refused by name, so that nothing is half-read.
+
+    Raises:
+        ValueError: if the version is newer than this library's, or a field is unknown or not of its type.
+    """
+
+    quant_method = METHOD
+
+    def __init__(self, widths: dict[str, dict[str, int]], version: int = VERSION, **unknown: Any) -> None:
+        if type(version) is not int or not 1 <= version <= VERSION:
+            raise ValueError(
+                f"The checkpoint is in version {version!r} of the hf_compress format, but this library reads versions "
+                f"1 to {VERSION}: type `pip install --upgrade hf_compress`."
+            )
+        surplus = sorted(unknown.keys() - {"quant_method", "requires"})
+        if surplus:
+            raise ValueError(
+                f"quantization_config has fields that hf_compress does not know: {', '.join(surplus)}. The checkpoint "
+                "was changed by hand or by another tool: restore the config.json that it was saved with."
+            )
+        _check_widths(widths)
+        self.widths = widths
+        self.version = version
+        self.requires = REQUIRES
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON types.
+
+        Returns:
+            `dict[str, Any]`: What is written to config.json.
+        """
+        fields = {"quant_method": METHOD, "version": self.version, "requires": self.requires, "widths": self.widths}
+        return {name: fields[name] for name in sorted(fields)}
+
+
+def _check_widths(widths: Any) -> None:
+    def is_width(name: Any, width: Any) -> bool:
+        return isinstance(name, str) and type(width) is int and width >= 1
+
+    sound = isinstance(widths, dict) and all(
+        isinstance(block, str) and isinstance(parts, dict) and all(is_width(*item) for item in parts.items())
+        for block, parts in widths.items()
+    )
+    if not sound:
+        raise ValueError(
+            f"widths={widths!r} in quantization_config must map each block to the positive widths of its parts, as in "
+            '{"encoder.0": {"self": 4, "ffn": 512}}: restore the config.json that the checkpoint was saved with.'
+        )

@@ -1,0 +1,94 @@
+"""Between a live model and the widths in its config."""
+
+from collections import defaultdict
+from typing import TYPE_CHECKING
+
+from hf_compress.checkpoint.config import FFN_WIDTH, CompressionConfig
+from hf_compress.modeling.blocks import Block, find_blocks
+from hf_compress.modeling.surgery import keep_heads_, keep_neurons_, keep_stack_heads_, update_config_
+from hf_compress.modeling.tasks import unwrap
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def write_widths_(model: "PreTrainedModel") -> bool:
+    """Writes into a cut model's config what `from_pretrained` needs to rebuild it.
+
+    Args:
+        model (`PreTrainedModel`): A model whose heads or neurons were cut. Where the stock config can say how, only
+            that is written, and the checkpoint needs no plug-in.
+
+    Returns:
+        `bool`: Whether the checkpoint needs hf_compress to load.
+    """
+    model = unwrap(model)
+    if update_config_(model):
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        return False
+    model.config.quantization_config = CompressionConfig(read_widths(model))
+    return True
+
+
+def read_widths(model: "PreTrainedModel") -> dict[str, dict[str, int]]:
+    """The live widths of every block.
+
+    Args:
+        model (`PreTrainedModel`): A model of a known architecture.
+
+    Returns:
+        `dict[str, dict[str, int]]`: As in `CompressionConfig.widths`.
+    """
+    return {
+        _name(block): {part.kind: part.num_groups for part in block.attentions} | {FFN_WIDTH: block.ffn.width}
+        for block in find_blocks(model)
+    }
+
+
+def cut_to_widths_(model: "PreTrainedModel", widths: dict[str, dict[str, int]]) -> None:
+    """Cuts a skeleton to recorded widths; which units are kept does not matter before the weights are loaded.
+
+    Args:
+        model (`PreTrainedModel`): The skeleton that the stock config describes, on the meta device.
+        widths (`dict[str, dict[str, int]]`): As in `CompressionConfig.widths`.
+
+    Raises:
+        ValueError: if the widths name other parts than the model has, or are larger than the model's.
+    """
+    blocks = {_name(block): block for block in find_blocks(model)}
+    if blocks.keys() != widths.keys():
+        raise ValueError(
+            f"quantization_config has widths for the blocks {', '.join(widths)}, but the model has "
+            f"{', '.join(blocks)}: restore the config.json that the checkpoint was saved with."
+        )
+    stack_wide: dict[tuple[str, str], set[int]] = defaultdict(set)
+    for name, block in blocks.items():
+        live = {part.kind: part.num_groups for part in block.attentions} | {FFN_WIDTH: block.ffn.width}
+        if live.keys() != widths[name].keys() or any(widths[name][part] > live[part] for part in live):
+            raise ValueError(
+                f"quantization_config says that block {name} has the widths {widths[name]}, which cannot be cut from "
+                f"the {live} of the stock config: restore the config.json that the checkpoint was saved with."
+            )
+        keep_neurons_(block.ffn, range(widths[name][FFN_WIDTH]))
+        for attention in block.attentions:
+            width = widths[name][attention.kind]
+            if attention.is_stack_wide:
+                stack_wide[block.stack, attention.kind].add(width)
+            else:
+                keep_heads_(attention, range(width))
+    for (stack, kind), found in stack_wide.items():
+        _keep_shared_heads_(model, stack, kind, found)
+
+
+def _keep_shared_heads_(model: "PreTrainedModel", stack: str, kind: str, found: set[int]) -> None:
+    if len(found) != 1:
+        raise ValueError(
+            f"quantization_config gives the {kind}-attentions of the {stack} the widths {sorted(found)}, but this "
+            "architecture shares one position bias in a stack, so they must agree: restore the original config.json."
+        )
+    keep_stack_heads_(model, range(found.pop()), stack, kind)
+
+
+def _name(block: Block) -> str:
+    return f"{block.stack}.{block.index}"

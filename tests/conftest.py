@@ -1,0 +1,6 @@
+"""Tests run offline on a CPU; what they need, they build."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
