@@ -10,7 +10,7 @@ _MODULES = {
     "DistillationArguments": "hf_compress.distillation.config",
     "DistillationTrainer": "hf_compress.distillation.trainer",
     "StudentConfig": "hf_compress.distillation.config",
-    "compare_latency": "hf_compress.evaluation.cost",
+    "compare_latency": "hf_compress.evaluation.latency",
     "load_metric": "hf_compress.evaluation.metrics",
     "make_student": "hf_compress.distillation.student",
     "measure_cost": "hf_compress.evaluation.cost",

@@ -1,8 +1,9 @@
-"""Distil a fine-tuned BERT (or any other text classifier) into a student with fewer layers.
+r"""Distil a fine-tuned BERT (or any other text classifier) into a student with fewer layers.
 
 On a model and texts of your own, a folder with train.csv and test.csv that have the columns text and label:
 
-    python scripts/distil_bert.py --model ./my-classifier --dataset ./my-texts --student-layers 3 --output-dir ./student
+    python scripts/distil_bert.py --model ./my-classifier --dataset ./my-texts --student-layers 3 \
+        --output-dir ./student
 
 On pairs of sentences, and with the student trained without its teacher beside it:
 

@@ -26,7 +26,9 @@ class CompressionConfig(QuantizationConfigMixin):
 
     quant_method = METHOD
 
-    def __init__(self, widths: dict[str, dict[str, int]], version: int = VERSION, **unknown: Any) -> None:
+    def __init__(
+        self, widths: dict[str, dict[str, int]] | None = None, version: int = VERSION, **unknown: Any
+    ) -> None:
         if type(version) is not int or not 1 <= version <= VERSION:
             raise ValueError(
                 f"The checkpoint is in version {version!r} of the hf_compress format, but this library reads versions "

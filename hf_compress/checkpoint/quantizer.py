@@ -25,13 +25,14 @@ class CompressionQuantizer(HfQuantizer):
         cut_to_widths_(model, self.quantization_config.widths)
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_: Any) -> "PreTrainedModel":
+        from hf_compress.modeling.surgery import configs
+
         # A model that is only cut holds plain floats: it may train, be cast and be saved like any other, which
         # Transformers refuses while these flags are set. The config stays, for the next save.
         del model.hf_quantizer, model.quantization_method
         model.is_quantized = False
-        for module in model.modules():
-            if hasattr(module, "config") and hasattr(module.config, "_is_quantized"):
-                del module.config._is_quantized
+        for config in configs(model):
+            vars(config).pop("_is_quantized", None)
         return model
 
     def is_serializable(self) -> bool:

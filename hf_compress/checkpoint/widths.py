@@ -4,7 +4,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from hf_compress.checkpoint.config import FFN_WIDTH, CompressionConfig
-from hf_compress.modeling.blocks import Block, find_blocks
+from hf_compress.modeling.blocks import Block, find_blocks, find_layout, find_stacks
 from hf_compress.modeling.surgery import keep_heads_, keep_neurons_, keep_stack_heads_, update_config_
 from hf_compress.modeling.tasks import unwrap
 
@@ -24,8 +24,7 @@ def write_widths_(model: "PreTrainedModel") -> bool:
     """
     model = unwrap(model)
     if update_config_(model):
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
+        vars(model.config).pop("quantization_config", None)
         return False
     model.config.quantization_config = CompressionConfig(read_widths(model))
     return True
@@ -57,6 +56,9 @@ def cut_to_widths_(model: "PreTrainedModel", widths: dict[str, dict[str, int]]) 
         ValueError: if the widths name other parts than the model has, or are larger than the model's.
     """
     blocks = {_name(block): block for block in find_blocks(model)}
+    # An encoder-decoder's checkpoint may be loaded as its encoder alone.
+    absent = find_layout(model.config).stacks.keys() - find_stacks(model).keys()
+    widths = {name: parts for name, parts in widths.items() if name.split(".")[0] not in absent}
     if blocks.keys() != widths.keys():
         raise ValueError(
             f"quantization_config has widths for the blocks {', '.join(widths)}, but the model has "

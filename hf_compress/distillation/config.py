@@ -1,5 +1,6 @@
 """What can be chosen about the student and about its training."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -35,6 +36,12 @@ class StudentConfig:
 
     def __post_init__(self) -> None:
         _check_layers("num_layers", self.num_layers, "layers", self.layers)
+        has_list = not isinstance(self.layers, str)
+        if has_list and self.num_decoder_layers is not None and self.decoder_layers is None:
+            raise ValueError(
+                f"num_decoder_layers={self.num_decoder_layers} does not say which layers, and "
+                f"layers={list(self.layers)} lists the encoder's: give decoder_layers, a rule or a list."
+            )
         if self.decoder_layers is not None:
             _check_layers("num_decoder_layers", self.num_decoder_layers, "decoder_layers", self.decoder_layers)
 
@@ -80,9 +87,10 @@ class DistillationArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.temperature > 0:
+        if not 0 < self.temperature < math.inf:
             raise ValueError(
-                f"temperature={self.temperature} must be above 0: 1 leaves the teacher's outputs as they are."
+                f"temperature={self.temperature} must be above 0 and finite: "
+                "1 leaves the teacher's outputs as they are."
             )
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha={self.alpha} must lie in [0, 1]: it is the teacher's share of the loss.")

@@ -8,7 +8,7 @@ into micro-batches, processes and padding.
 import torch
 import torch.nn.functional as F
 
-IGNORED = -100
+from hf_compress.modeling.tasks import IGNORED
 
 
 def kl_divergence(
@@ -110,12 +110,12 @@ def binary_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Te
     return F.binary_cross_entropy_with_logits(logits.float(), labels.float(), reduction="none").mean(-1)
 
 
-def average(values: torch.Tensor, num_items: torch.Tensor | int, mask: torch.Tensor | None = None) -> torch.Tensor:
+def average(values: torch.Tensor, num_items: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """Sum of the counted items' values over the number of items of the whole optimizer step.
 
     Args:
         values (`torch.Tensor` of shape `(items,)`): One value per item of this micro-batch.
-        num_items (`torch.Tensor` or `int`): Items of all micro-batches and processes of the step.
+        num_items (`torch.Tensor` of shape `()`): Items of all micro-batches and processes of the step.
         mask (`torch.Tensor` of shape `(items,)`, *optional*): True where an item counts.
 
     Returns:
@@ -123,7 +123,7 @@ def average(values: torch.Tensor, num_items: torch.Tensor | int, mask: torch.Ten
     """
     if mask is not None:
         values = values.where(mask, 0.0)
-    return values.sum() / max(num_items, 1) if isinstance(num_items, int) else values.sum() / num_items.clamp(min=1)
+    return values.sum() / num_items.clamp(min=1)
 
 
 def _log_probs(logits: torch.Tensor, temperature: float, class_mask: torch.Tensor | None) -> torch.Tensor:

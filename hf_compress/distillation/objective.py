@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import torch
 
 from hf_compress.distillation import losses
+from hf_compress.modeling.tasks import CLASSIFICATION, IGNORED
 
 TASKS = (
-    "sequence-classification",
+    *CLASSIFICATION,
     "token-classification",
     "question-answering",
     "masked-lm",
@@ -44,53 +45,46 @@ def items_of(task: str, outputs: Mapping[str, torch.Tensor], batch: Mapping[str,
         batch (`Mapping`): The inputs, with the labels where there are any.
 
     Returns:
-        `Items`: Texts, tokens, or answer ends. Padding and ignored labels are masked, not removed, so that no shape
-        depends on the data and nothing waits for the device.
+        `Items`: Texts, images, tokens, or answer ends. What does not count is masked, not removed, so that nothing
+        waits for the device; on a CPU, where nothing waits, masked language models keep the masked tokens' rows only.
     """
-    if task == "sequence-classification":
-        return Items(outputs["logits"], batch.get("labels"))
+    if task in CLASSIFICATION:
+        labels = batch.get("labels")
+        mask = _example_mask(batch)
+        return Items(outputs["logits"], labels if mask is None else labels.view(-1), mask)
     if task == "question-answering":
-        return _span_items(outputs, batch)
-    labels, mask = batch.get("labels"), token_mask(task, batch)
-    logits = outputs["logits"]
+        labels, mask, class_mask = _answers(batch)
+        logits = torch.cat([outputs["start_logits"], outputs["end_logits"]])
+        return Items(logits, labels, mask, class_mask)
+    labels, mask, logits = batch.get("labels"), token_mask(task, batch), outputs["logits"]
     if task == "causal-lm":
-        logits, mask = logits[:, :-1], mask[:, 1:]
-        labels = labels[:, 1:] if labels is not None else None
-    return Items(logits.flatten(0, 1), labels.flatten() if labels is not None else None, mask.flatten())
-
-
-def _span_items(outputs: Mapping[str, torch.Tensor], batch: Mapping[str, torch.Tensor]) -> Items:
-    logits = torch.cat([outputs["start_logits"], outputs["end_logits"]])
-    # An answer cannot lie in the padding; counting it would make the loss depend on the longest text of the batch.
-    inside = batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones_like(logits[::2]).bool()
-    class_mask = torch.cat([inside, inside])
-    if "start_positions" not in batch:
-        return Items(logits, None, None, class_mask)
-    labels = torch.cat([batch["start_positions"].view(-1), batch["end_positions"].view(-1)])
-    # Positions outside the text mean: cut off, no answer here. Transformers' heads ignore them too.
-    labels = labels.where((labels >= 0) & (labels < logits.shape[-1]), losses.IGNORED)
-    return Items(logits, labels, labels != losses.IGNORED, class_mask)
+        logits, labels = logits[:, :-1], labels[:, 1:] if labels is not None else None
+    logits, mask = logits.flatten(0, 1), mask.flatten()
+    labels = labels.flatten() if labels is not None else None
+    if task == "masked-lm" and logits.device.type == "cpu":
+        rows = mask.nonzero().squeeze(-1)
+        return Items(logits[rows], labels[rows] if labels is not None else None)
+    return Items(logits, labels, mask)
 
 
 def token_mask(task: str, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Which tokens of a batch count: the labelled ones, or without labels all that are no padding.
+    """Which predictions of tokens count: those with a label, or without labels all that are no padding.
 
     Args:
         task (`str`): A task that predicts tokens.
         batch (`Mapping`): The inputs, with the labels where there are any.
 
     Returns:
-        `torch.Tensor` of shape `(batch, length)`: Booleans.
+        `torch.Tensor` of shape `(batch, length)`, or `(batch, length - 1)` for a causal language model: Booleans. The
+        latter's first real token is not predicted from padding on its left.
     """
-    if "labels" in batch:
-        return batch["labels"] != losses.IGNORED
-    if "attention_mask" in batch:
-        return batch["attention_mask"].bool()
-    return torch.ones_like(batch["input_ids"], dtype=torch.bool)
+    attention = _attention_mask(batch)
+    mask = batch["labels"] != IGNORED if "labels" in batch else attention
+    return mask[:, 1:] & attention[:, :-1] if task == "causal-lm" else mask
 
 
 def count_items(task: str, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Number of items of a batch that count, by the same rule as `items_of`.
+    """Number of items of a batch that count, by the masks of `items_of`.
 
     Args:
         task (`str`): One of `TASKS`.
@@ -99,16 +93,51 @@ def count_items(task: str, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     Returns:
         `torch.Tensor` of shape `()`: The count.
     """
-    if task == "sequence-classification":
-        return torch.tensor(_first(batch).shape[0])
+    inputs = _inputs(batch)
+    if task in CLASSIFICATION:
+        mask = _example_mask(batch)
+        return torch.full((), inputs.shape[0], device=inputs.device) if mask is None else mask.sum()
     if task == "question-answering":
-        rows, length = _first(batch).shape[:2]
-        if "start_positions" not in batch:
-            return torch.tensor(2 * rows)
-        positions = torch.cat([batch["start_positions"].view(-1), batch["end_positions"].view(-1)])
-        return ((positions >= 0) & (positions < length)).sum()
-    mask = token_mask(task, batch)
-    return (mask[:, 1:] if task == "causal-lm" else mask).sum()
+        mask = _answers(batch)[1]
+        return torch.full((), 2 * inputs.shape[0], device=inputs.device) if mask is None else mask.sum()
+    return token_mask(task, batch).sum()
+
+
+def _inputs(batch: Mapping[str, Any]) -> torch.Tensor:
+    for name in ("input_ids", "inputs_embeds", "pixel_values"):
+        if name in batch:
+            return batch[name]
+    raise ValueError(f"The batch has the columns {sorted(batch)}, but no input_ids, inputs_embeds or pixel_values.")
+
+
+def _attention_mask(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    if "attention_mask" in batch:
+        return batch["attention_mask"].bool()
+    inputs = _inputs(batch)
+    return torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
+
+
+def _example_mask(batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    """Which examples have a class; `None` where labels are numbers, or several per example, or missing."""
+    labels = batch.get("labels")
+    if labels is None or labels.is_floating_point() or labels.numel() != labels.shape[0]:
+        return None
+    return labels.view(-1) != IGNORED
+
+
+def _answers(batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
+    """Labels and mask of answer starts and ends, `(2 * batch,)`, and where an answer can be, `(2 * batch, length)`.
+
+    An answer cannot lie in the padding; counting it would make the loss depend on the longest text of the batch.
+    Positions outside the text mean that the answer was cut off: Transformers' heads ignore them too.
+    """
+    inside = _attention_mask(batch).repeat(2, 1)
+    if "start_positions" not in batch:
+        return None, None, inside
+    labels = torch.cat([batch["start_positions"].view(-1), batch["end_positions"].view(-1)])
+    within = (labels >= 0) & (labels < inside.shape[1])
+    mask = within & inside.gather(1, labels.where(within, 0)[:, None]).squeeze(1)
+    return labels.where(mask, IGNORED), mask, inside
 
 
 def soft_loss(problem: str, student: Items, teacher_logits: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -146,7 +175,3 @@ def hard_loss(problem: str, student: Items, label_smoothing: float = 0.0) -> tor
     if problem == "multi_label_classification":
         return losses.binary_cross_entropy(student.logits, student.labels)
     return losses.cross_entropy(student.logits, student.labels, label_smoothing, student.class_mask)
-
-
-def _first(batch: Mapping[str, Any]) -> torch.Tensor:
-    return next(iter(batch.values()))

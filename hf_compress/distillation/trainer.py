@@ -11,7 +11,14 @@ from transformers.trainer_pt_utils import nested_gather
 from hf_compress.distillation import losses
 from hf_compress.distillation.config import DistillationArguments
 from hf_compress.distillation.objective import TASKS, count_items, hard_loss, items_of, soft_loss
-from hf_compress.modeling.tasks import forward_columns, label_permutation, problem_type, task_of, unwrap
+from hf_compress.modeling.tasks import (
+    CLASSIFICATION,
+    forward_columns,
+    matching_columns,
+    problem_type,
+    shared_task,
+    unwrap,
+)
 
 
 class DistillationTrainer(Trainer):
@@ -28,7 +35,8 @@ class DistillationTrainer(Trainer):
         args (`DistillationArguments`): Training arguments with `temperature` and `alpha`.
         teacher (`PreTrainedModel`): A fine-tuned model of the same task and label names. It is moved to the training
             device and put in eval mode; it never trains and is in no checkpoint.
-        *trainer_args, **trainer_kwargs: Forwarded to `transformers.Trainer`. A `compute_loss_func` takes the place of the task's loss.
+        *trainer_args, **trainer_kwargs: Forwarded to `transformers.Trainer`. A `compute_loss_func` takes the place of
+            the task's loss.
 
     Raises:
         TypeError: if `args` are no `DistillationArguments`, or the teacher is missing.
@@ -57,11 +65,11 @@ class DistillationTrainer(Trainer):
         super().__init__(model, args, *trainer_args, **trainer_kwargs)
         self.task = _check_pair(self.model, teacher)
         self.teacher = self._place_teacher(teacher)
-        self._permutation = _teacher_columns(self.task, teacher.config, unwrap(self.model).config)
-        self._student_columns = forward_columns(self.model)
-        self._teacher_columns = forward_columns(teacher) - set(self.label_names)
-        self._term_sums: dict[str, torch.Tensor] = {}
-        self._summed_steps = 0
+        columns = matching_columns(teacher, self.model)
+        self._label_order = None if columns is None else torch.tensor(columns, device=self.args.device)
+        self._student_inputs = forward_columns(self.model)
+        self._teacher_inputs = forward_columns(teacher) - set(self.label_names)
+        self._reset_terms()
 
     def _place_teacher(self, teacher: PreTrainedModel) -> PreTrainedModel:
         # A quantized or dispatched teacher sits where its loader put it, and `.to` would raise.
@@ -72,7 +80,7 @@ class DistillationTrainer(Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        self._signature_columns += sorted(self._teacher_columns - set(self._signature_columns))
+        self._signature_columns += sorted(self._teacher_inputs - set(self._signature_columns))
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
         if not batch_samples:
@@ -90,31 +98,40 @@ class DistillationTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         """The weighted sum of the terms in training, the task's loss in evaluation; see `Trainer.compute_loss`."""
-        student_inputs = {name: value for name, value in inputs.items() if name in self._student_columns}
+        student_inputs = {name: value for name, value in inputs.items() if name in self._student_inputs}
         if not model.training:
             # Without a count the stock loss is this batch's mean; with one, it would be scaled by the processes.
             return super().compute_loss(model, student_inputs, return_outputs, num_items_in_batch=None)
         if num_items_in_batch is None:
             num_items_in_batch = count_items(self.task, inputs)
-        outputs = model(**{name: value for name, value in student_inputs.items() if name not in self.label_names})
+        unlabelled = {name: value for name, value in student_inputs.items() if name not in self.label_names}
+        outputs = model(**unlabelled, return_dict=True)
         terms = self.compute_terms(outputs, inputs, num_items_in_batch)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             # Data-parallel training averages gradients over processes, but the terms were divided by all their items.
             terms = {name: term * self.args.world_size for name, term in terms.items()}
         self._note(terms)
-        weights = {"kd_loss": self.args.alpha, "task_loss": 1 - self.args.alpha}
+        weights = self.term_weights()
         loss = sum(weights[name] * term for name, term in terms.items())
         return (loss, outputs) if return_outputs else loss
 
+    def term_weights(self) -> dict[str, float]:
+        """What each term of `compute_terms` counts in the loss. A subclass that adds terms adds their weights.
+
+        Returns:
+            `dict[str, float]`: Weights by the terms' names.
+        """
+        return {"kd_loss": self.args.alpha, "task_loss": 1 - self.args.alpha}
+
     def compute_terms(
-        self, outputs: Mapping[str, torch.Tensor], inputs: Mapping[str, torch.Tensor], num_items: torch.Tensor | int
+        self, outputs: Mapping[str, torch.Tensor], inputs: Mapping[str, torch.Tensor], num_items: torch.Tensor
     ) -> dict[str, torch.Tensor]:
         """The terms of the training loss, before they are weighted.
 
         Args:
             outputs (`Mapping`): Outputs of the student.
             inputs (`Mapping`): The batch, with all columns that the student or the teacher takes, and the labels.
-            num_items (`torch.Tensor` or `int`): Items of the whole optimizer step.
+            num_items (`torch.Tensor` of shape `()`): Items of the whole optimizer step.
 
         Returns:
             `dict[str, torch.Tensor]`: `kd_loss` and `task_loss`, each this batch's share of the step's mean; a term
@@ -125,7 +142,9 @@ class DistillationTrainer(Trainer):
         terms = {}
         if self.args.alpha > 0:
             teacher = items_of(self.task, self._run_teacher(inputs), inputs)
-            logits = teacher.logits if self._permutation is None else teacher.logits[..., self._permutation]
+            logits = teacher.logits
+            if self._label_order is not None:
+                logits = logits.index_select(-1, self._label_order)
             per_item = soft_loss(problem, student, logits, self.args.temperature)
             terms["kd_loss"] = losses.average(per_item, num_items, student.mask)
         if self.args.alpha < 1:
@@ -144,23 +163,37 @@ class DistillationTrainer(Trainer):
         return losses.average(per_item, num_items, student.mask)
 
     def _problem_type(self, labels: torch.Tensor | None) -> str:
-        if self.task != "sequence-classification":
+        if self.task not in CLASSIFICATION:
             return "single_label_classification"
-        return problem_type(unwrap(self.model).config, labels)
+        config = unwrap(self.model).config
+        kind = problem_type(config, labels)
+        if labels is not None:
+            # As Transformers' heads do with their first labels: pipelines read it, and this head never sees labels.
+            config.problem_type = kind
+        return kind
 
     @torch.no_grad()
     def _run_teacher(self, inputs: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         self.teacher.eval()
-        teacher_inputs = {name: value for name, value in inputs.items() if name in self._teacher_columns}
-        if "use_cache" in self._teacher_columns:
+        teacher_inputs = {name: value for name, value in inputs.items() if name in self._teacher_inputs}
+        if "use_cache" in self._teacher_inputs:
             teacher_inputs["use_cache"] = False
         with self.accelerator.autocast():
-            return self.teacher(**teacher_inputs)
+            return self.teacher(**teacher_inputs, return_dict=True)
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any):
         """Predicts with the student's own columns; see `Trainer.prediction_step`."""
-        inputs = {name: value for name, value in inputs.items() if name in self._student_columns}
+        inputs = {name: value for name, value in inputs.items() if name in self._student_inputs}
         return super().prediction_step(model, inputs, *args, **kwargs)
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any):
+        # Also the start of another attempt when Trainer looks for a batch size that fits.
+        self._reset_terms()
+        return super()._inner_training_loop(*args, **kwargs)
+
+    def _reset_terms(self) -> None:
+        self._term_sums: dict[str, torch.Tensor] = {}
+        self._summed_steps = 0
 
     def _note(self, terms: dict[str, torch.Tensor]) -> None:
         for name, term in terms.items():
@@ -173,7 +206,7 @@ class DistillationTrainer(Trainer):
             for name, total in self._term_sums.items():
                 mean = nested_gather(total, self.args.parallel_mode).mean().item() / self._summed_steps
                 logs[name] = mean
-            self._term_sums, self._summed_steps = {}, 0
+            self._reset_terms()
         super().log(logs, start_time)
 
 
@@ -183,24 +216,26 @@ def _check_pair(student: nn.Module, teacher: nn.Module) -> str:
             "model and teacher are the same object, so the teacher would change with the student: "
             "pass copy.deepcopy(model) as the teacher."
         )
-    task, teacher_task = task_of(student), task_of(teacher)
-    if task != teacher_task:
-        raise ValueError(
-            f"The student {type(unwrap(student)).__name__} is built for {task}, the teacher "
-            f"{type(unwrap(teacher)).__name__} for {teacher_task}: load both with the same AutoModelFor... class."
-        )
+    task = shared_task(teacher, student)
     if task not in TASKS:
         raise ValueError(f"DistillationTrainer does not know the task {task} yet; it knows {', '.join(TASKS)}.")
+    config, teacher_config = unwrap(student).config, unwrap(teacher).config
+    if "input_ids" in forward_columns(student) and config.vocab_size != teacher_config.vocab_size:
+        raise ValueError(
+            f"The teacher has {teacher_config.vocab_size} tokens, the student {config.vocab_size}, so they cannot "
+            "read the same input_ids. Make the student with make_student; or, if both use one tokenizer and only the "
+            f"padding of the vocabulary differs, call teacher.resize_token_embeddings({config.vocab_size})."
+        )
+    if task in CLASSIFICATION:
+        _settle_problem_type_(config, teacher_config)
     return task
 
 
-def _teacher_columns(task: str, teacher_config: Any, student_config: Any) -> list[int] | None:
-    if task.endswith("-lm"):
-        if teacher_config.vocab_size != student_config.vocab_size:
-            raise ValueError(
-                f"The teacher predicts {teacher_config.vocab_size} tokens, the student {student_config.vocab_size}: "
-                "their outputs can be compared only over one vocabulary. Make the student with make_student, or "
-                "train both with the same tokenizer."
-            )
-        return None
-    return None if task == "question-answering" else label_permutation(teacher_config, student_config)
+def _settle_problem_type_(config: Any, teacher_config: Any) -> None:
+    kinds = {config.problem_type, teacher_config.problem_type} - {None}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"The teacher's config says problem_type={teacher_config.problem_type!r}, the student's "
+            f"{config.problem_type!r}: set both to what the labels are."
+        )
+    config.problem_type = next(iter(kinds), None)

@@ -16,23 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers.utils import logging as transformers_logging
 
 from hf_compress.evaluation.inference import inference, model_inputs
-from hf_compress.evaluation.latency import Conditions, Latency, LatencyComparison, compare_latency
+from hf_compress.evaluation.latency import Conditions, Latency, compare_latency
 from hf_compress.modeling.blocks import find_blocks
 from hf_compress.modeling.tasks import unwrap
-
-__all__ = [
-    "Conditions",
-    "Cost",
-    "Latency",
-    "LatencyComparison",
-    "Parameters",
-    "compare_latency",
-    "count_macs",
-    "count_parameters",
-    "measure_cost",
-    "peak_memory",
-    "saved_bytes",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -224,7 +210,9 @@ def count_macs(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> int:
         `int`: Multiply-accumulates of the whole batch; the same for eager attention and sdpa.
     """
     counter = FlopCounterMode(display=False, custom_mapping=_flop_formulas())
-    with inference(model), counter:
+    # Outside of inference mode: the counter follows modules by the autograd graph of their inputs, and fails where a
+    # parameter is one (DeBERTa's relative positions) but can have no graph.
+    with inference(model), torch.inference_mode(False), torch.no_grad(), counter:
         model(**model_inputs(model, batch))
     return counter.get_total_flops() // 2
 

@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from hf_compress.modeling.tasks import forward_columns, task_of, unwrap
+from hf_compress.modeling.tasks import IGNORED, forward_columns, task_of, unwrap
 
-IGNORED = -100  # the label that Transformers' losses skip, and the padding of its stacked predictions
 _TARGETS = {"labels", "start_positions", "end_positions"}
 
 
@@ -136,7 +135,7 @@ def batches(
         processing_class (*optional*): Tokenizer that pads; `None` stacks rows of equal length.
         data_collator (`Callable`, *optional*): Replaces the collator of the task.
         batch_size (`int`, *optional*, defaults to `64`): Rows per batch.
-        label_column (`str`, *optional*, defaults to `"labels"`): Column of the labels; `"label"` is understood too.
+        label_column (`str`, *optional*, defaults to `"labels"`): Column of the labels; by default also `"label"`.
 
     Yields:
         `dict[str, torch.Tensor]`: One batch, its labels under `"labels"`.
@@ -174,7 +173,7 @@ def predict(
         processing_class (*optional*): Tokenizer that pads.
         data_collator (`Callable`, *optional*): Replaces the collator of the task.
         batch_size (`int`, *optional*, defaults to `64`): Rows per forward.
-        label_column (`str`, *optional*, defaults to `"labels"`): Column of the labels; `"label"` is understood too.
+        label_column (`str`, *optional*, defaults to `"labels"`): Column of the labels; by default also `"label"`.
         progress (`Callable[[int, int], None]`, *optional*): Called after each batch with the rows done and in all.
 
     Returns:
@@ -205,7 +204,13 @@ def predict(
 
 def _select(row: Mapping[str, Any], columns: set[str], label_column: str) -> dict[str, Any]:
     selected = {name: value for name, value in row.items() if name in columns and name != "labels"}
-    source = next((name for name in (label_column, "label") if name in row), None)
+    # Only the default may stand for another column: a name that was given must be there.
+    names = ("labels", "label") if label_column == "labels" else (label_column,)
+    source = next((name for name in names if name in row), None)
+    if source is None and label_column != "labels":
+        raise ValueError(
+            f"There is no column {label_column!r}; the columns are {', '.join(row)}. Name the labels' one."
+        )
     return selected if source is None else {**selected, "labels": row[source]}
 
 

@@ -4,7 +4,6 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from inspect import isfunction
 from typing import Any
 
 import numpy as np
@@ -15,18 +14,17 @@ from hf_compress.evaluation.bootstrap import Score, bootstrap_scores, percentile
 from hf_compress.evaluation.comparison import LANGUAGE_MODELS, Comparison, compare_outputs, concatenate
 from hf_compress.evaluation.inference import batches, inference, task_labels, task_logits
 from hf_compress.evaluation.scores import LOWER_IS_BETTER, score_of, score_rows
-from hf_compress.modeling.tasks import label_permutation, problem_type, task_of, unwrap
+from hf_compress.modeling.tasks import CLASSIFICATION, matching_columns, problem_type, shared_task, unwrap
 
 _F1_AVERAGES = ("f1_macro", "f1_micro", "f1_weighted")
 METRICS: dict[str, tuple[str, ...]] = {
     "single_label_classification": ("accuracy", "f1", *_F1_AVERAGES, "matthews_correlation"),
     "multi_label_classification": ("accuracy", *_F1_AVERAGES),
     "regression": ("pearsonr", "spearmanr"),
-    "token-classification": ("seqeval", "accuracy"),
+    "token-classification": ("seqeval", "token_accuracy"),
     "question-answering": ("exact_match",),
-    **dict.fromkeys(LANGUAGE_MODELS, ("perplexity", "accuracy")),
+    **dict.fromkeys(LANGUAGE_MODELS, ("perplexity", "token_accuracy")),
 }
-_CLASSIFICATION = ("sequence-classification", "image-classification")
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,8 @@ class Retention:
         difference_interval (`tuple[float, float]`): Bootstrap interval of the difference.
         agreement (`float` or `None`): Share of positions (rows, words, tokens, answer ends) on which both decide the
             same; `None` where nothing is decided.
-        kl (`float` or `None`): Mean `KL(teacher || compressed)` per position in nats.
+        kl (`float` or `None`): Mean `KL(teacher || compressed)` per position in nats; of a multi-label model the
+            sum over its labels.
         mse (`float` or `None`): Mean squared difference of the outputs of a regression.
         confidence (`float`): Share of the bootstrap inside the intervals.
         n_bootstrap (`int`): Resamples.
@@ -125,7 +124,12 @@ def score_retention(
         ValueError: if the models' tasks, labels or output shapes differ, labels are missing, or the metric does not
             fit the task.
     """
-    task = _shared_task(teacher, model)
+    task = shared_task(teacher, model)
+    if task == "feature-extraction":
+        raise ValueError(
+            f"{type(unwrap(model)).__name__} has no task head, so it predicts nothing that could be scored: load both "
+            "models with the AutoModelFor... class of their task."
+        )
     config = unwrap(model).config
     parts, kind, n_done = [], task, 0
     loader = batches(
@@ -145,8 +149,8 @@ def score_retention(
                     "Name their column with `label_column`, or mask tokens with a `data_collator`."
                 )
             if not parts:
-                kind = problem_type(config, labels) if task in _CLASSIFICATION else task
-                permutation = _teacher_columns(teacher, model, task, kind)
+                kind = problem_type(config, labels) if task in CLASSIFICATION else task
+                permutation = matching_columns(teacher, model)
                 _check_metric(metric, kind)
             logits = task_logits(model, batch)
             teacher_logits = task_logits(teacher, batch).to(logits.device)
@@ -234,22 +238,6 @@ def retention_from_predictions(
     return _bootstrapped(*scores, len(references), metric, {"agreement": agreement}, **bootstrap)
 
 
-def _shared_task(teacher: nn.Module, model: nn.Module) -> str:
-    task, teacher_task = task_of(model), task_of(teacher)
-    if task != teacher_task or task == "feature-extraction":
-        raise ValueError(
-            f"The teacher is a {type(unwrap(teacher)).__name__} ({teacher_task}), the compressed model a "
-            f"{type(unwrap(model)).__name__} ({task}). Retention needs the same task head on both: load each with the "
-            "AutoModelFor... class of its task."
-        )
-    return task
-
-
-def _teacher_columns(teacher: nn.Module, model: nn.Module, task: str, kind: str) -> list[int] | None:
-    is_named = kind != "regression" and (task in _CLASSIFICATION or task == "token-classification")
-    return label_permutation(unwrap(teacher).config, unwrap(model).config) if is_named else None
-
-
 def _check_metric(metric: str | Callable, kind: str) -> None:
     if kind not in METRICS:
         raise ValueError(f"kind={kind!r} is not known. Choose one of {', '.join(METRICS)}.")
@@ -318,13 +306,13 @@ def _bootstrapped(
     ratio_interval = percentile_interval(retention_ratio(*draws, higher_is_better), confidence)
     if math.isnan(ratio) or math.isnan(ratio_interval[0]):
         warnings.warn(
-            f"Retention of {metric} is not defined{'' if math.isnan(ratio) else ' on every resample'}: the teacher "
-            f"scores {teacher:.4g}, and a share of nothing or less means nothing. Read `difference` and its interval "
-            "instead, or check the teacher's labels.",
+            f"Retention of {metric} is not defined{'' if math.isnan(ratio) else ' on every resample of the rows'}: "
+            f"there the metric is undefined, or not above 0 for the teacher ({teacher:.4g} on all rows). Read "
+            "`difference` and its interval instead, give more rows, or check the teacher's labels.",
             stacklevel=4,
         )
     return Retention(
-        metric=metric.__name__ if isfunction(metric) else str(metric),
+        metric=metric if isinstance(metric, str) else getattr(metric, "__name__", type(metric).__name__),
         higher_is_better=higher_is_better,
         n_examples=n_rows,
         teacher=teacher,

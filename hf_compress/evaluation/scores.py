@@ -98,17 +98,27 @@ def accuracy(references: Sequence, predictions: Sequence) -> Score:
     """Share of correct decisions.
 
     Args:
-        references (`Sequence`): Labels `(n,)`; indicators `(n, classes)`, correct only where all are; or `n` arrays
-            of token labels, each token one decision.
+        references (`Sequence`): Labels `(n,)`; or indicators `(n, classes)`, correct only where all are.
         predictions (`Sequence`): The same, predicted.
 
     Returns:
         `Score`: The share.
     """
-    if isinstance(references, np.ndarray):
-        hits = np.asarray(references) == np.asarray(predictions)
-        hits = hits.all(axis=-1) if hits.ndim > 1 else hits
-        return _score_of_sums(np.stack([hits, np.ones(len(hits))], axis=1), _ratio)
+    hits = np.asarray(references) == np.asarray(predictions)
+    hits = hits.all(axis=-1) if hits.ndim > 1 else hits
+    return _score_of_sums(np.stack([hits, np.ones(len(hits))], axis=1), _ratio)
+
+
+def token_accuracy(references: Sequence, predictions: Sequence) -> Score:
+    """Share of correct decisions where each row holds several, as many as it has tokens.
+
+    Args:
+        references (`Sequence`): `n` arrays of token labels.
+        predictions (`Sequence`): The same, predicted.
+
+    Returns:
+        `Score`: The share of all tokens.
+    """
     pairs = zip(map(np.asarray, references), map(np.asarray, predictions), strict=True)
     return _score_of_sums(np.array([[np.sum(r == p), r.size] for r, p in pairs]), _ratio)
 
@@ -293,6 +303,7 @@ SCORES: dict[str, Callable[[Any, Any], Score]] = {
     "spearmanr": spearmanr,
     "squad_exact_match": lambda references, predictions: squad(references, predictions, answers.exact_match),
     "squad_f1": lambda references, predictions: squad(references, predictions, answers.token_f1),
+    "token_accuracy": token_accuracy,
 }
 LOWER_IS_BETTER = frozenset({"perplexity"})
 

@@ -118,6 +118,20 @@ def keep_layers_(model: nn.Module, layers: Iterable[int], stack: str | None = No
     _write_layer_count_(model, layout, kept)
 
 
+def first_layer_stays(model: nn.Module, stack: str | None = None) -> bool:
+    """Whether a stack cannot do without its first layer, because that has parts that no other layer has.
+
+    Args:
+        model (`nn.Module`): A Transformers model, wrapped or not.
+        stack (`str`, *optional*): Which stack, for models with more than one.
+
+    Returns:
+        `bool`: True if `keep_layers_` would refuse to drop layer 0.
+    """
+    model = unwrap(model)
+    return _first_stays(model.config, find_stacks(model)[check_stack(model, stack)]) is not None
+
+
 def update_config_(model: nn.Module) -> bool:
     """Write into the config what the live widths allow, after heads, neurons or layers were cut.
 
@@ -204,12 +218,17 @@ def _check_layers(config: Any, layout: StackLayout, kept: list[int]) -> None:
                 f"Layers cannot be removed with {requirement.key}={value!r}: {requirement.reason}. "
                 f"Use a checkpoint with {requirement.key}={requirement.value!r}."
             )
-    is_special = layout.first_stays_if is None or getattr(config, layout.first_stays_if, False)
-    if layout.first_stays is not None and is_special and kept[0] != 0:
+    reason = _first_stays(config, layout)
+    if reason is not None and kept[0] != 0:
         raise ValueError(
             f"layers={kept} drops the first layer, which no config of {config.model_type} can express: "
-            f"{layout.first_stays}. Keep layer 0."
+            f"{reason}. Keep layer 0."
         )
+
+
+def _first_stays(config: Any, layout: StackLayout) -> str | None:
+    is_special = layout.first_stays_if is None or getattr(config, layout.first_stays_if, False)
+    return layout.first_stays if is_special else None
 
 
 def _keep_blocks_(model: nn.Module, stack: str, layout: StackLayout, kept: list[int]) -> None:

@@ -7,6 +7,11 @@ import torch
 from torch import nn
 from transformers.models.auto import modeling_auto
 
+# The label that Transformers' losses skip.
+IGNORED = -100
+
+CLASSIFICATION = ("sequence-classification", "image-classification")
+
 # The first match wins: T5ForConditionalGeneration, for one, is listed under several tasks.
 _CLASS_NAMES: dict[str, frozenset[str]] = {
     task: frozenset(name for names in mapping.values() for name in ((names,) if isinstance(names, str) else names))
@@ -49,16 +54,39 @@ def task_of(model: nn.Module) -> str:
         `"masked-lm"`, `"causal-lm"`, `"image-classification"` or `"feature-extraction"`.
 
     Raises:
-        ValueError: if the class is none that an `AutoModelFor...` of these tasks would build.
+        ValueError: if the class is none that an `AutoModelFor...` of these tasks would build, nor a subclass of one.
     """
-    name = type(unwrap(model)).__name__
-    for task, class_names in _CLASS_NAMES.items():
-        if name in class_names:
-            return task
+    names = [cls.__name__ for cls in type(unwrap(model)).__mro__]
+    for name in names:
+        for task, class_names in _CLASS_NAMES.items():
+            if name in class_names:
+                return task
     raise ValueError(
-        f"The task of a {name} is unknown: no AutoModelFor... class of {', '.join(_CLASS_NAMES)} builds it. "
+        f"The task of a {names[0]} is unknown: no AutoModelFor... class of {', '.join(_CLASS_NAMES)} builds it. "
         "Load the model with the AutoModelFor... class of its task."
     )
+
+
+def shared_task(teacher: nn.Module, model: nn.Module) -> str:
+    """The task of two models that are to be compared.
+
+    Args:
+        teacher (`nn.Module`): The larger model.
+        model (`nn.Module`): The smaller one.
+
+    Returns:
+        `str`: As `task_of` returns it.
+
+    Raises:
+        ValueError: if the tasks differ.
+    """
+    task, teacher_task = task_of(model), task_of(teacher)
+    if task != teacher_task:
+        raise ValueError(
+            f"The teacher is a {type(unwrap(teacher)).__name__} for {teacher_task}, the other model a "
+            f"{type(unwrap(model)).__name__} for {task}: load both with the AutoModelFor... class of one task."
+        )
+    return task
 
 
 def problem_type(config: Any, labels: torch.Tensor | None = None) -> str:
@@ -78,6 +106,25 @@ def problem_type(config: Any, labels: torch.Tensor | None = None) -> str:
     if labels is not None and labels.is_floating_point():
         return "multi_label_classification"
     return "single_label_classification"
+
+
+def matching_columns(teacher: nn.Module, model: nn.Module) -> list[int] | None:
+    """The columns of a teacher's logits in the order of another model's labels.
+
+    Args:
+        teacher (`nn.Module`): The model whose logits are to be reordered.
+        model (`nn.Module`): The model that sets the order, built for the same task.
+
+    Returns:
+        `list[int]` or `None`: `None` where the orders agree, or where the task has no named labels.
+
+    Raises:
+        ValueError: if the label names differ as sets.
+    """
+    teacher_config, config = unwrap(teacher).config, unwrap(model).config
+    task = task_of(model)
+    is_named = task in CLASSIFICATION and problem_type(config) != "regression"
+    return label_permutation(teacher_config, config) if is_named or task == "token-classification" else None
 
 
 def label_permutation(source_config: Any, target_config: Any) -> list[int] | None:

@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoModelForSequenceClassification, T5EncoderModel, Trainer, TrainingArguments
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from hf_compress.checkpoint.config import METHOD, VERSION, CompressionConfig
@@ -95,6 +95,8 @@ def edited(folder, change) -> None:
     ("change", "message"),
     [
         (lambda c: c.update(version=VERSION + 1), "version 2 of the hf_compress format.*pip install --upgrade"),
+        (lambda c: (c.pop("widths"), c.update(version=2, shapes={})), "version 2 of the hf_compress format"),
+        (lambda c: c.pop("widths"), "widths=None in quantization_config must map"),
         (lambda c: c.update(version="1"), "version '1'"),
         (lambda c: c.update(surprise=1), "does not know: surprise"),
         (lambda c: c["widths"].pop("encoder.0"), "the model has encoder.0, encoder.1"),
@@ -111,6 +113,16 @@ def test_a_doubtful_config_is_refused_before_it_shapes_anything(change, message,
     edited(tmp_path, change)
     with pytest.raises(ValueError, match=message):
         AutoModelForSequenceClassification.from_pretrained(tmp_path)
+
+
+def test_an_encoder_loads_alone(tmp_path):
+    model = tiny_model("t5")
+    for n, block in enumerate(find_blocks(model)):
+        keep_neurons_(block.ffn, range(8 + n))
+    write_widths_(model)
+    model.save_pretrained(tmp_path)
+    encoder = T5EncoderModel.from_pretrained(tmp_path)
+    assert [block.ffn.width for block in find_blocks(encoder)] == [8, 9, 10]
 
 
 def test_a_stack_with_one_position_bias_has_one_number_of_heads():

@@ -23,8 +23,9 @@ def test_accumulation_changes_no_gradient(task, tmp_path):
         assert relative_difference(whole, parts) <= TOLERANCE
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_padding_changes_no_gradient(task, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("task", "side"), [*((task, "right") for task in TASKS), ("causal-lm", "left")])
+def test_padding_changes_no_gradient(task, side, tmp_path, monkeypatch):
+    monkeypatch.setattr(tiny, "PADDING_SIDE", side)
     short = step_gradients(task, tmp_path, batch_size=8, accumulation=1)
     monkeypatch.setattr(tiny, "MINIMAL_LENGTH", 20)
     long = step_gradients(task, tmp_path, batch_size=8, accumulation=1)

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from hf_compress import StudentConfig, make_student
+from hf_compress.checkpoint.widths import write_widths_
 from hf_compress.distillation.student import choose_layers
-from hf_compress.modeling.blocks import count_layers, find_stacks
+from hf_compress.modeling.blocks import count_layers, find_blocks, find_stacks
+from hf_compress.modeling.surgery import keep_neurons_
 from tests.modeling.tiny import MODEL_TYPES, auto_class, predict, tiny_batch, tiny_model
 
 RELOAD = """
@@ -46,19 +48,44 @@ def test_choice_of_layers(total, number, layers, chosen):
 def test_every_architecture_makes_a_student_that_stock_transformers_loads(model_type, tmp_path):
     teacher = tiny_model(model_type)
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
-    # The first layers, because ModernBERT's and T5's first layers have parts that no other has.
-    student = make_student(teacher, StudentConfig(num_layers=2, layers="first"))
+    student = make_student(teacher, StudentConfig(num_layers=2))
     assert type(student) is type(teacher)
     for stack in find_stacks(student):
         assert count_layers(student, stack) == 2
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
-    kept = student.state_dict()
-    assert all(torch.equal(value, before[name]) for name, value in kept.items())
     student.save_pretrained(tmp_path)
     assert "hf_compress" not in (tmp_path / "config.json").read_text()
     reloaded = auto_class(model_type).from_pretrained(tmp_path, attn_implementation="eager")
     inputs = tiny_batch(teacher)
     assert torch.equal(predict(student.eval(), inputs), predict(reloaded, inputs))
+
+
+def test_a_first_layer_unlike_all_others_is_kept():
+    assert choose_layers(22, 4, "spread", keep_first=True) == [0, 7, 14, 21]
+    assert choose_layers(6, 3, "last", keep_first=True) == [0, 4, 5]
+    assert choose_layers(6, 1, "spread", keep_first=True) == [0]
+    teacher = tiny_model("modernbert")
+    student = make_student(teacher, StudentConfig(num_layers=2))
+    assert student.config.num_hidden_layers == 2
+
+
+def test_a_student_of_a_frozen_teacher_can_learn():
+    teacher = tiny_model("bert").requires_grad_(False)
+    assert all(p.requires_grad for p in make_student(teacher, StudentConfig(num_layers=1)).parameters())
+    assert not any(p.requires_grad for p in teacher.parameters())
+
+
+def test_a_student_of_an_unevenly_pruned_teacher_keeps_the_widths(tmp_path):
+    teacher = tiny_model("bert")
+    for n, block in enumerate(find_blocks(teacher)):
+        keep_neurons_(block.ffn, range(8 + n))
+    write_widths_(teacher)
+    student = make_student(teacher, StudentConfig(layers=[0, 2]))
+    assert [block.ffn.width for block in find_blocks(student)] == [8, 10]
+    student.save_pretrained(tmp_path)
+    reloaded = auto_class("bert").from_pretrained(tmp_path, attn_implementation="eager")
+    inputs = tiny_batch(teacher)
+    assert torch.equal(predict(student, inputs), predict(reloaded, inputs))
 
 
 def test_chosen_layers_and_everything_around_them_are_copied():
@@ -114,6 +141,9 @@ def test_the_chosen_layers_are_logged(caplog):
         ({"layers": []}, r"layers=\[\]"),
         ({}, "needs num_layers"),
         ({"num_layers": 2, "layers": "middle"}, "layers='middle' is no rule"),
+        ({"num_layers": 2, "num_decoder_layers": 1}, "num_decoder_layers=1 and decoder_layers=None are for an"),
+        ({"num_layers": 2, "decoder_layers": [0]}, r"decoder_layers=\[0\] are for an encoder-decoder"),
+        ({"layers": [0], "num_decoder_layers": 1}, "num_decoder_layers=1 does not say which layers"),
     ],
 )
 def test_impossible_students_raise(settings, message):

@@ -10,6 +10,8 @@ from transformers import (
     HfArgumentParser,
     Trainer,
     TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
     set_seed,
 )
 
@@ -267,6 +269,7 @@ def test_arguments_are_parsed_like_training_arguments(tmp_path):
         ({"alpha": float("nan")}, "alpha=nan"),
         ({"temperature": 0.0}, "temperature=0.0 must be above 0"),
         ({"temperature": -1.0}, "temperature=-1.0 must be above 0"),
+        ({"temperature": float("inf")}, "temperature=inf must be above 0 and finite"),
     ],
 )
 def test_impossible_arguments_raise(settings, message, tmp_path):
@@ -278,11 +281,117 @@ def test_impossible_pairs_raise(tmp_path):
     student = tiny_model("single-label")
     with pytest.raises(ValueError, match="same object"):
         make_trainer("single-label", tmp_path, student, student)
-    with pytest.raises(ValueError, match="sequence-classification, the teacher .* token-classification"):
+    with pytest.raises(ValueError, match="for token-classification, the other .* for sequence-classification"):
         make_trainer("single-label", tmp_path, tiny_model("token-classification"), student)
-    with pytest.raises(ValueError, match="predicts 60 tokens, the student 50"):
+    with pytest.raises(ValueError, match=r"has 60 tokens, the student 50.*resize_token_embeddings\(50\)"):
         make_trainer("masked-lm", tmp_path, tiny_model("masked-lm", vocab_size=60))
+    with pytest.raises(ValueError, match="has 60 tokens, the student 50"):
+        make_trainer("single-label", tmp_path, tiny_model("single-label", vocab_size=60))
+    with pytest.raises(ValueError, match="'multi_label_classification', the student's 'single_label_classification'"):
+        make_trainer(
+            "single-label",
+            tmp_path,
+            tiny_model("multi-label"),
+            tiny_model("single-label", problem_type="single_label_classification"),
+        )
     with pytest.raises(TypeError, match="is a TrainingArguments, which has no temperature"):
         DistillationTrainer(student, TrainingArguments(str(tmp_path)), teacher=tiny_model("single-label"))
     with pytest.raises(TypeError, match="teacher='bert' is no model"):
         DistillationTrainer(student, DistillationArguments(str(tmp_path)), teacher="bert")
+
+
+def test_the_order_of_columns_does_not_matter(tmp_path):
+    rows = [dict(reversed(row.items())) for row in tiny_rows("question-answering")]
+    assert next(iter(rows[0])) == "end_positions"
+    first = train_log(make_trainer("question-answering", tmp_path))
+    assert train_log(make_trainer("question-answering", tmp_path, rows=rows))["loss"] == first["loss"]
+
+
+def test_a_multi_label_teacher_is_never_taken_for_a_single_label_one(tmp_path):
+    rows = [{k: v for k, v in row.items() if k != "labels"} for row in tiny_rows("multi-label")]
+    logs = []
+    for kind in (None, "multi_label_classification"):
+        student = tiny_model("multi-label", 1, seed=1, problem_type=kind)
+        logs.append(train_log(make_trainer("multi-label", tmp_path, student=student, rows=rows, alpha=1.0)))
+        assert student.config.problem_type == "multi_label_classification"
+    assert logs[0]["kd_loss"] == logs[1]["kd_loss"]
+
+
+def test_the_student_learns_its_problem_type_from_the_labels(tmp_path):
+    kinds = {"single-label": "single_label_classification", "regression": "regression"}
+    for task, kind in kinds.items():
+        trainer = make_trainer(task, tmp_path)
+        assert trainer.model.config.problem_type is None
+        trainer.train()
+        assert trainer.model.config.problem_type == kind
+    plain = {"problem_type": None}
+    student, teacher = tiny_model("multi-label", 1, seed=1, **plain), tiny_model("multi-label", 2, seed=2, **plain)
+    make_trainer("multi-label", tmp_path, teacher, student).train()
+    assert student.config.problem_type == "multi_label_classification"
+
+
+def test_examples_without_a_label_do_not_count(tmp_path):
+    rows = tiny_rows("single-label")
+    unlabelled = [{**row, "labels": losses.IGNORED if n > 2 else row["labels"]} for n, row in enumerate(rows)]
+    few = train_log(make_trainer("single-label", tmp_path, rows=rows[:3], alpha=0.0))
+    assert train_log(make_trainer("single-label", tmp_path, rows=unlabelled, alpha=0.0))["loss"] == few["loss"]
+    nested = [{**row, "labels": [row["labels"]]} for row in rows]
+    plain = train_log(make_trainer("single-label", tmp_path, rows=rows))
+    assert train_log(make_trainer("single-label", tmp_path, rows=nested))["loss"] == plain["loss"]
+
+
+def test_answers_in_the_padding_do_not_count(tmp_path):
+    rows = tiny_rows("question-answering")
+    changed = [{**row, "end_positions": 11 if n == 0 else row["end_positions"]} for n, row in enumerate(rows)]
+    log = train_log(make_trainer("question-answering", tmp_path, rows=changed))
+    assert np.isfinite(log["loss"])
+    assert log["task_loss"] < 20
+
+
+def test_a_regression_has_no_named_labels(tmp_path):
+    student = tiny_model("regression", id2label={0: "score"}, label2id={"score": 0})
+    assert train_log(make_trainer("regression", tmp_path, tiny_model("regression", seed=5), student))["kd_loss"] > 0
+
+
+def test_a_further_term_needs_only_its_weight(tmp_path):
+    class WithNorm(DistillationTrainer):
+        def term_weights(self):
+            return {**super().term_weights(), "norm": 0.5}
+
+        def compute_terms(self, outputs, inputs, num_items):
+            terms = super().compute_terms(outputs, inputs, num_items)
+            return {**terms, "norm": outputs["logits"].square().sum() / num_items}
+
+    plain = make_trainer("single-label", tmp_path)
+    trainer = WithNorm(
+        plain.model, plain.args, teacher=plain.teacher, train_dataset=plain.train_dataset,
+        data_collator=plain.data_collator,
+    )  # fmt: skip
+    log = train_log(trainer)
+    assert log["loss"] == pytest.approx(0.9 * log["kd_loss"] + 0.1 * log["task_loss"] + 0.5 * log["norm"], rel=1e-4)
+
+
+def test_a_second_training_logs_its_own_terms_only(tmp_path):
+    trainer = make_trainer("single-label", tmp_path, max_steps=3, logging_steps=2)
+    trainer.train()
+    assert trainer._summed_steps == 1
+    student = copy.deepcopy(trainer.model)
+    again = train_log(make_trainer("single-label", tmp_path, max_steps=3, logging_steps=2, student=student))
+    trainer.train()
+    logged = [log for log in trainer.state.log_history if "kd_loss" in log]
+    assert logged[0]["kd_loss"] == pytest.approx(again["kd_loss"], rel=1e-5)
+
+
+def test_subclasses_and_images_are_known(tmp_path):
+    class OwnBert(type(tiny_model("single-label"))):
+        pass
+
+    student = OwnBert(tiny_model("single-label").config)
+    assert train_log(make_trainer("single-label", tmp_path, student=student))["loss"] > 0
+    config = ViTConfig(
+        hidden_size=16, num_attention_heads=2, intermediate_size=24, num_hidden_layers=1, image_size=8, patch_size=4,
+        num_labels=3,
+    )  # fmt: skip
+    rows = [{"pixel_values": torch.randn(3, 8, 8).tolist(), "labels": n % 3} for n in range(8)]
+    models = [ViTForImageClassification(config) for _ in range(2)]
+    assert train_log(make_trainer("image", tmp_path, *models, rows=rows))["kd_loss"] > 0

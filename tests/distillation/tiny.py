@@ -20,6 +20,7 @@ from hf_compress import DistillationArguments, DistillationTrainer
 VOCABULARY = 50
 LENGTHS = (3, 9, 5, 12, 4, 7, 12, 6)
 MINIMAL_LENGTH = 0  # what batches are padded to at least
+PADDING_SIDE = "right"
 
 SHAPE = {
     "hidden_size": 16,
@@ -96,20 +97,24 @@ class PadCollator:
     padding = {"input_ids": 0, "attention_mask": 0, "token_type_ids": 0, "labels": -100}
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        length = max(MINIMAL_LENGTH, *(len(row["input_ids"]) for row in rows))
+        length = max(MINIMAL_LENGTH, *(len(row.get("input_ids", [])) for row in rows))
         batch = {}
         for name in rows[0]:
             values = [row[name] for row in rows]
             if name in self.padding and self.per_token(rows, name):
-                values = [value + [self.padding[name]] * (length - len(value)) for value in values]
+                values = [self.pad(value, name, length) for value in values]
             batch[name] = torch.tensor(values)
         return batch
+
+    def pad(self, value: list, name: str, length: int) -> list:
+        padding = [self.padding[name]] * (length - len(value))
+        return padding + value if PADDING_SIDE == "left" else value + padding
 
     @staticmethod
     def per_token(rows: list[dict], name: str) -> bool:
         # One row would not tell: three labels of a text may stand beside three tokens.
-        floats = isinstance(rows[0][name], list) and isinstance(rows[0][name][0], float)
-        return isinstance(rows[0][name], list) and not floats
+        values = rows[0][name]
+        return isinstance(values, list) and len(values) > 1 and not isinstance(values[0], float)
 
 
 class GradientRecorder(TrainerCallback):

@@ -73,7 +73,7 @@ def test_resamples_do_not_depend_on_how_they_are_chunked(monkeypatch):
 
 def test_words_of_a_sentence_are_drawn_together():
     references, predictions = [np.array([0, 1, 2]), np.array([1])], [np.array([0, 1, 0]), np.array([0])]
-    scores, _ = paired_bootstrap("accuracy", references, predictions, predictions, n_bootstrap=200)
+    scores, _ = paired_bootstrap("token_accuracy", references, predictions, predictions, n_bootstrap=200)
     assert set(np.round(scores, 6)) == {0.5, 0.0, round(2 / 3, 6)}
 
 
@@ -130,5 +130,10 @@ def test_confidence_must_be_a_share():
 
 
 def test_every_score_has_a_case():
-    tested = {case.split("-")[0] for case in CASES} | {"exact_match", "squad_exact_match", "squad_f1"}
+    tested = {case.split("-")[0] for case in CASES} | {
+        "exact_match",
+        "squad_exact_match",
+        "squad_f1",
+        "token_accuracy",
+    }
     assert tested == set(SCORES)
