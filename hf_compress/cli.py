@@ -1,14 +1,17 @@
 """The command line: `hf-compress demo`, `hf-compress distill`."""
 
+import difflib
 import logging
+import os
 import sys
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 from rich.table import Table
 
 import hf_compress
@@ -34,6 +37,8 @@ DISTILL_DEFAULTS = {
     "save_steps": 0.25,
     "save_total_limit": 1,
     "report_to": "none",
+    # Trainer hides its bar by default where transformers logs errors only, as here.
+    "disable_tqdm": False,
 }
 _USUAL_ARGUMENTS = (
     "output_dir",
@@ -55,13 +60,14 @@ _USUAL_ARGUMENTS = (
 @app.callback(invoke_without_command=True)
 def options(
     version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, and all logs.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error, and all logs. May stand anywhere.")
+    ] = False,
 ) -> None:
     """Options that come before every command."""
     if version:
         typer.echo(f"hf_compress {hf_compress.__version__}")
         raise typer.Exit
-    _set_up_logging(debug)
 
 
 @app.command()
@@ -99,10 +105,13 @@ def run_distill(arguments: list[str]) -> dict[str, Any]:
     """Parses a command line of `hf-compress distill` and runs it.
 
     Args:
-        arguments (`list[str]`): Options such as `--model` and their values; a single .yaml or .json file of them.
+        arguments (`list[str]`): Options such as `--model` and their values.
 
     Returns:
         `dict`: The report.
+
+    Raises:
+        ValueError: if an option is missing, unknown or has no such value, or the job cannot be done.
     """
     from transformers import HfArgumentParser
 
@@ -110,11 +119,24 @@ def run_distill(arguments: list[str]) -> dict[str, Any]:
     from hf_compress.pipeline import DistillJob, distill
     from hf_compress.report import show_report
 
-    parser = HfArgumentParser((DistillJob, DistillationArguments), prog="hf-compress distill", add_help=False)
+    def refuse(message: str) -> NoReturn:
+        raise ValueError(f"{message.rstrip('.')}. `hf-compress distill --help` shows the options.")
+
+    parser = HfArgumentParser((DistillJob, DistillationArguments), add_help=False, allow_abbrev=False)
     parser.set_defaults(**DISTILL_DEFAULTS)
-    job, args = parser.parse_args_into_dataclasses(arguments)
+    parser.error = refuse  # argparse's own prints a hundred options and exits
+    options = parser._option_string_actions
+    options["--output-dir"].required = True
+    # First, because a misspelt option would else be said to be missing.
+    unknown = [word for word in arguments if word.startswith("--") and word.split("=")[0] not in options]
+    unknown = unknown or parser.parse_known_args(arguments)[1]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], options, n=1)
+        refuse(f"{' '.join(unknown)} is no option" + "".join(f" (did you mean {name}?)" for name in near))
+    job, args = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
     report = distill(job, args)
-    show_report(report, Path(args.output_dir))
+    if args.process_index == 0:
+        show_report(report, args.output_dir)
     return report
 
 
@@ -129,27 +151,31 @@ def print_distill_help(everything: bool = False) -> None:
 
     out = Console()
     out.print(
-        "[bold]hf-compress distill[/] --model MODEL --dataset DATA --student-layers N --output-dir FOLDER [options]\n"
+        "[bold]hf-compress distill[/] --model MODEL --dataset DATA --student-layers N \\\n"
+        "    --output-dir FOLDER \\[options]\n"
     )
     out.print(
-        "Makes a student of the model's layers, trains it with the model as its teacher, saves it, reloads it,\n"
-        "and reports what it kept and what it costs. A stopped run continues with the same command.\n"
+        "Makes a student of the model's layers, trains it with the model as its teacher, saves it, reloads it, and "
+        "reports what it kept and what it costs. A stopped run continues with the same command.\n"
     )
+    out.print("[bold]Example[/]: a fine-tuned 12-layer model to 6 layers, on a folder with train.csv and test.csv\n")
     out.print(
-        "[bold]Example[/]: a fine-tuned 12-layer model to 6 layers, on a folder with train.csv and test.csv\n"
-        "  hf-compress distill --model ./my-classifier --dataset ./reviews --text-columns review \\\n"
-        "      --label-column sentiment --student-layers 6 --output-dir ./student --bf16\n"
+        "  hf-compress distill --model ./my-classifier --dataset ./reviews \\\n"
+        "      --text-columns review --label-column sentiment \\\n"
+        "      --student-layers 6 --output-dir ./student --bf16\n"
     )
     out.print(_option_table("The job", fields(DistillJob), {}))
     training = fields(DistillationArguments)
     usual = [f for name in _USUAL_ARGUMENTS for f in training if f.name == name]
-    out.print(_option_table("Training", usual, DISTILL_DEFAULTS))
-    rest = [f for f in training if f.init and f.name not in _USUAL_ARGUMENTS]
+    out.print(_option_table("Training", usual, {**DISTILL_DEFAULTS, "output_dir": MISSING}))
+    # --debug is this program's own: it shows tracebacks.
+    rest = [f for f in training if f.init and f.name not in (*_USUAL_ARGUMENTS, "debug")]
     if everything:
         out.print(_option_table("All other arguments of transformers.TrainingArguments", rest, DISTILL_DEFAULTS))
     else:
         out.print(
-            f"{len(rest)} further arguments of transformers.TrainingArguments are taken too: --help-all lists them."
+            f"{len(rest)} further arguments of transformers.TrainingArguments are taken too. "
+            "--help shows this page, --help-all all arguments, --debug the traceback of an error."
         )
 
 
@@ -158,8 +184,10 @@ def _option_table(title: str, options, defaults: dict[str, Any]) -> Table:
     for option in options:
         default = option.default_factory() if option.default_factory is not MISSING else option.default
         default = defaults.get(option.name, default)
-        shown = "[red]required[/]" if default is MISSING else "" if default is None else str(default)
-        table.add_row(f"--{option.name.replace('_', '-')}", shown, " ".join(option.metadata.get("help", "").split()))
+        default = " ".join(map(str, default)) if isinstance(default, list) else default
+        shown = "[red]required[/]" if default is MISSING else "" if default is None else escape(str(default))
+        meaning = escape(" ".join(option.metadata.get("help", "").split()))
+        table.add_row(f"--{option.name.replace('_', '-')}", shown, meaning)
     table.columns[0].no_wrap = True
     return table
 
@@ -169,20 +197,31 @@ def _set_up_logging(debug: bool) -> None:
 
     handler = RichHandler(console=console, show_path=debug, show_level=debug, log_time_format="%H:%M:%S")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
-    logging.getLogger("hf_compress").setLevel(logging.DEBUG if debug else logging.INFO)
+    # Of several processes, the first speaks for all.
+    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
+    logging.getLogger("hf_compress").setLevel(logging.DEBUG if debug else level)
     if not debug:
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
 
 
-def main() -> None:
-    """Runs the command line; an error is one paragraph and exit code 1, with its traceback after --debug."""
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command line; an error is one paragraph and exit code 1, with its traceback after --debug.
+
+    Args:
+        arguments (`list[str]`, *optional*): The words after the program's name; by default those it was called with.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    # Taken out here, because it may stand before or after the command.
+    is_debug = "--debug" in arguments
+    _set_up_logging(is_debug)
     try:
-        app()
+        app([word for word in arguments if word != "--debug"], prog_name="hf-compress")
     except (ValueError, TypeError, ImportError, OSError) as error:
-        if "--debug" in sys.argv:
+        if is_debug:
             raise
-        console.print(f"[bold red]Error:[/] {' '.join(str(error).split())}", highlight=False, soft_wrap=True)
+        message = escape(" ".join(str(error).split()))
+        console.print(f"[bold red]Error:[/] {message}", highlight=False, soft_wrap=True)
         sys.exit(1)
 
 

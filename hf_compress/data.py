@@ -1,14 +1,27 @@
 """A labelled text data set for a model: loaded, checked before anything trains, and tokenized."""
 
+import copy
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from hf_compress.modeling.tasks import forward_columns, problem_type
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-_FORMATS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json"}
+logger = logging.getLogger(__name__)
+
+# Suffix -> the loader of `datasets` and its options.
+_FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".parquet": ("parquet", {}),
+    ".csv": ("csv", {}),
+    ".tsv": ("csv", {"sep": "\t"}),
+    ".json": ("json", {}),
+    ".jsonl": ("json", {}),
+}
 
 
 def load_splits(dataset: str, name: str | None = None) -> "DatasetDict":
@@ -16,35 +29,39 @@ def load_splits(dataset: str, name: str | None = None) -> "DatasetDict":
 
     Args:
         dataset (`str`): A name on the Hub, or the path of a folder with one file per split (`train.parquet`,
-            `test.csv` ...), or of one file, which becomes the split `train`. Parquet, csv, tsv, json and jsonl.
+            `test.csv` ...) or several (`train-0.csv`, `train-1.csv`), of a folder by `DatasetDict.save_to_disk`, or
+            of one file, which becomes the split `train`. Parquet, csv, tsv, json and jsonl.
         name (`str`, *optional*): The configuration of a Hub data set, `"sst2"` of `"glue"`.
 
     Returns:
         `DatasetDict`: One `Dataset` per split.
 
     Raises:
-        ValueError: if a path holds no such file, or nothing is known by that name.
+        ValueError: if a path holds no such file or one that cannot be read, or nothing is known by that name.
     """
     import datasets
 
-    path = Path(dataset)
+    path = Path(dataset).expanduser()
     if path.is_file():
         return _load_files({"train": [path]})
+    if (path / "dataset_dict.json").is_file():
+        return datasets.DatasetDict.load_from_disk(path)
     if path.is_dir():
         files: dict[str, list[Path]] = {}
         for file in sorted(path.iterdir()):
-            if file.suffix in _FORMATS:
+            if file.suffix.lower() in _FORMATS:
                 files.setdefault(file.name.split(".")[0].split("-")[0], []).append(file)
         if not files:
             raise ValueError(
-                f"The folder {path} holds no file of {', '.join(_FORMATS)}: save the splits as such files."
+                f"The folder {path} holds no file of {', '.join(_FORMATS)}: save the splits as such files, "
+                "for instance train.csv and test.csv."
             )
         return _load_files(files)
-    if path.suffix in _FORMATS or dataset.startswith((".", "/", "~")):
+    if path.suffix.lower() in _FORMATS or dataset.startswith((".", "/", "~")):
         raise ValueError(f"There is no file or folder {dataset}: check the path (the working folder is {Path.cwd()}).")
     try:
         return datasets.load_dataset(dataset, name)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"{dataset!r} is no file or folder here, and could not be loaded from the Hub: {error}. "
             "Give a path of parquet, csv or json files, or the full name of a data set on the Hub."
@@ -54,16 +71,27 @@ def load_splits(dataset: str, name: str | None = None) -> "DatasetDict":
 def _load_files(files: dict[str, list[Path]]) -> "DatasetDict":
     import datasets
 
-    suffixes = {file.suffix for group in files.values() for file in group}
-    formats = {_FORMATS.get(suffix, suffix) for suffix in suffixes}
-    if len(formats) != 1 or not formats <= set(_FORMATS.values()):
+    suffixes = {file.suffix.lower() for group in files.values() for file in group}
+    formats = [_FORMATS.get(suffix) for suffix in suffixes]
+    if None in formats or any(other != formats[0] for other in formats):
+        names = ", ".join(sorted(file.name for group in files.values() for file in group))
         raise ValueError(
-            f"Files of {', '.join(sorted(suffixes))} cannot be read as one data set: "
-            f"all splits must be of one format out of {', '.join(_FORMATS)}."
+            f"The files {names} cannot be read as one data set: "
+            f"all splits must be of one format out of {', '.join(_FORMATS)}. Give the path of a file or folder of one."
         )
-    options = {"sep": "\t"} if suffixes == {".tsv"} else {}
-    data_files = {split: [str(file) for file in group] for split, group in files.items()}
-    return datasets.load_dataset(formats.pop(), data_files=data_files, **options)
+    loader, options = formats[0]
+    splits = datasets.DatasetDict()
+    for split, group in files.items():
+        paths = [str(file) for file in group]
+        # One by one, because a test file without labels would not fit the columns of the others.
+        try:
+            splits[split] = datasets.load_dataset(loader, data_files={split: paths}, split=split, **options)
+        except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
+            raise ValueError(
+                f"{', '.join(paths)} cannot be read as {loader}, or has no rows: "
+                f"{str(error.__cause__ or error).strip()}. Correct the file, or take it out of the folder."
+            ) from error
+    return splits
 
 
 def evaluation_split(splits: "DatasetDict", name: str | None = None) -> str:
@@ -77,20 +105,21 @@ def evaluation_split(splits: "DatasetDict", name: str | None = None) -> str:
         `str`: A name in `splits`.
 
     Raises:
-        ValueError: if there is no such split.
+        ValueError: if there is no such split, or it is `train`.
     """
     candidates = [name] if name is not None else ["validation", "dev", "test"]
     for candidate in candidates:
-        if candidate in splits:
+        if candidate in splits and candidate != "train":
             return candidate
     raise ValueError(
-        f"The data set has the splits {', '.join(splits)}, but none named {' or '.join(candidates)} to measure on: "
-        "name one with --eval-split, or add a file such as test.parquet. What a model was trained on cannot test it."
+        f"The data set has the splits {', '.join(splits)}, and {' or '.join(candidates)} cannot be measured on: "
+        "name another split with --eval-split, or add a file such as test.csv. What a model was trained on, `train`, "
+        "cannot test it."
     )
 
 
 def check_columns(dataset: "Dataset", split: str, text_columns: Sequence[str], label_column: str) -> None:
-    """Raises if a split cannot be learned from: it is empty, a column is missing, or texts are no texts.
+    """Raises if a split cannot be learned from: it is empty, a column is missing, or texts or labels are none.
 
     Args:
         dataset (`Dataset`): The split.
@@ -102,7 +131,7 @@ def check_columns(dataset: "Dataset", split: str, text_columns: Sequence[str], l
         ValueError: with what is wrong and what there is.
     """
     if len(dataset) == 0:
-        raise ValueError(f"The split {split!r} is empty: nothing can be learned or measured on 0 rows.")
+        raise ValueError(f"The split {split!r} has 0 rows, from which nothing can be learned: give data with rows.")
     if not 1 <= len(text_columns) <= 2 or len(set(text_columns)) != len(text_columns):
         raise ValueError(
             f"text_columns={list(text_columns)}: name one column of texts, or two different ones for pairs."
@@ -113,17 +142,22 @@ def check_columns(dataset: "Dataset", split: str, text_columns: Sequence[str], l
                 f"The split {split!r} has no column {column!r}; its columns are {', '.join(dataset.column_names)}. "
                 "Name the right ones with --text-columns and --label-column."
             )
-    for column in text_columns:
-        wrong = [i for i, text in enumerate(dataset[column]) if not isinstance(text, str)]
+    for column in (*text_columns, label_column):
+        what = "name and no number" if column == label_column else "text"
+        types = str | int | float if column == label_column else str
+        values = list(dataset[column])
+        # NaN is the one value that differs from itself.
+        wrong = [i for i, value in enumerate(values) if not isinstance(value, types) or value != value]
         if wrong:
             raise ValueError(
-                f"Column {column!r} of the split {split!r} holds no text in {len(wrong)} of {len(dataset)} rows, "
-                f"the first at row {wrong[0]}: {dataset[wrong[0]][column]!r}. Remove these rows or pick another column."
+                f"Column {column!r} of the split {split!r} holds no {what} in {len(wrong)} of {len(values)} rows, the "
+                f"first at row {wrong[0]}: {values[wrong[0]]!r}. Remove these rows, or pick another column or another "
+                "--eval-split. In csv, empty cells and the words NA, NULL and None count as missing."
             )
 
 
 def label_names(dataset: "Dataset", label_column: str) -> list[str] | None:
-    """The names of a column's classes, in the order of their ids.
+    """The classes that a model without a trained head is to learn, in the order of their ids.
 
     Args:
         dataset (`Dataset`): A checked split.
@@ -132,18 +166,37 @@ def label_names(dataset: "Dataset", label_column: str) -> list[str] | None:
     Returns:
         `list[str]` or `None`: `None` for float labels, that is, regression. Integers without names are named by
         their number.
+
+    Raises:
+        ValueError: if there are fewer than two classes, negative ids, or names among numbers.
     """
     from datasets import ClassLabel
 
     feature = dataset.features[label_column]
-    if isinstance(feature, ClassLabel):
-        return list(feature.names)
     values = set(dataset[label_column])
-    if any(isinstance(value, float) for value in values):
+    n_names = sum(isinstance(value, str) for value in values)
+    if isinstance(feature, ClassLabel):
+        names = list(feature.names)
+    elif n_names == len(values):
+        names = sorted(values)
+    elif n_names:
+        raise ValueError(f"Column {label_column!r} mixes names and numbers: write all labels in one of these ways.")
+    elif any(isinstance(value, float) for value in values):
+        logger.info("The labels are floats: the model learns them as a regression.")
         return None
-    if all(isinstance(value, int) for value in values):
-        return [str(i) for i in range(max(values) + 1)]
-    return sorted(str(value) for value in values)
+    elif min(values) < 0:
+        raise ValueError(
+            f"Column {label_column!r} has the label {min(values)}, but ids of classes count from 0. Remove rows "
+            "without a label, if it means that; else write names for classes, or floats for a regression."
+        )
+    else:
+        names = [str(i) for i in range(max(values) + 1)]
+    if len(names) < 2:
+        raise ValueError(
+            f"Column {label_column!r} has the classes {names}, which leaves nothing to tell apart: "
+            "pick another column, or give data with two classes or more."
+        )
+    return names
 
 
 def label_ids(
@@ -161,31 +214,48 @@ def label_ids(
         `list[int]` or `list[float]`: One label per row.
 
     Raises:
-        ValueError: if a label is none of the model's.
+        ValueError: if a label is none of the model's, or the model gives several answers to a text.
     """
-    from datasets import ClassLabel
-
     values = list(dataset[label_column])
-    if config.num_labels == 1:
-        return [float(value) for value in values]
-    feature = dataset.features[label_column]
-    if isinstance(feature, ClassLabel) and set(feature.names) == set(config.label2id):
-        values = [feature.names[value] if value >= 0 else value for value in values]
-    by_name = {str(name): index for name, index in config.label2id.items()}
-    numbers = range(config.num_labels)
-    ids = [by_name.get(v) if isinstance(v, str) else v if type(v) is int and v in numbers else None for v in values]
+    kind = problem_type(config)
+    is_regression = kind == "regression"
+    if kind == "multi_label_classification" or (is_regression and config.num_labels > 1):
+        raise ValueError(
+            f"The model gives {config.num_labels} answers to a text ({kind}), but column {label_column!r} holds one "
+            "label per text. Use hf_compress.DistillationTrainer on tokenized rows with lists of labels."
+        )
+    if is_regression:
+        ids = [None if isinstance(value, str) else float(value) for value in values]
+        known = "the model has one output and learns numbers"
+    else:
+        values = _matched_names(values, dataset.features[label_column], config)
+        by_name = {str(name): index for name, index in config.label2id.items()}
+        # Numbers of a csv file with a gap arrive as floats: 1.0 is the id 1.
+        numbers = {float(i): i for i in range(config.num_labels)}
+        ids = [by_name.get(value) if isinstance(value, str) else numbers.get(float(value)) for value in values]
+        known = f"the model's labels are {', '.join(f'{i}={config.id2label[i]}' for i in range(config.num_labels))}"
     if None in ids:
         row = ids.index(None)
-        hint = (
-            "An unlabelled split has -1 everywhere: measure on another one."
-            if values[row] == -1
-            else ("Rename the labels of the data, or give a model that was trained on them.")
-        )
-        raise ValueError(
-            f"Label {values[row]!r} of row {row} of the split {split!r} is none of the model's labels "
-            f"{', '.join(f'{i}={config.id2label[i]}' for i in numbers)}. {hint}"
-        )
+        hint = "Rename the labels of the data, or give a model that was trained on them."
+        if values[row] == -1:
+            hint = "An unlabelled split has -1 everywhere: measure on another one with --eval-split."
+        raise ValueError(f"Label {values[row]!r} of row {row} of the split {split!r} is unknown: {known}. {hint}")
     return ids
+
+
+def _matched_names(values: list, feature: Any, config: "PreTrainedConfig") -> list:
+    """The values of a `ClassLabel` by name, unless model and data share no name: then numbers have to do."""
+    from datasets import ClassLabel
+
+    if not isinstance(feature, ClassLabel):
+        return values
+    if set(feature.names) & set(config.label2id):
+        return [feature.names[value] if value >= 0 else value for value in values]
+    names = [config.id2label[i] for i in range(config.num_labels)]
+    if names != [f"LABEL_{i}" for i in range(config.num_labels)]:
+        message = "The classes of the data, %s, and of the model, %s, share no name and are matched by number: "
+        logger.warning(message + "check the order, or set id2label in the model's config.json.", feature.names, names)
+    return values
 
 
 def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel") -> None:
@@ -202,13 +272,15 @@ def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedMode
     largest = max(tokenizer.get_vocab().values())
     if largest >= rows:
         raise ValueError(
-            f"The tokenizer {tokenizer.name_or_path!r} has ids up to {largest}, but the model embeds only {rows} tokens: "
-            "they do not belong together. Load both from the same folder, or call model.resize_token_embeddings."
+            f"The tokenizer {tokenizer.name_or_path!r} has ids up to {largest}, but the model embeds only {rows} "
+            "tokens: they do not belong together. Load both from the same folder, or call "
+            "model.resize_token_embeddings."
         )
     if tokenizer.pad_token_id is None or model.config.pad_token_id is None:
         raise ValueError(
-            f"Padding is undefined (tokenizer {tokenizer.pad_token_id}, model config {model.config.pad_token_id}): set "
-            "tokenizer.pad_token = tokenizer.eos_token and model.config.pad_token_id = tokenizer.pad_token_id, and save both."
+            f"Padding is undefined (tokenizer {tokenizer.pad_token_id}, model config {model.config.pad_token_id}), so "
+            "texts of different lengths cannot be one batch: set tokenizer.pad_token = tokenizer.eos_token and "
+            "model.config.pad_token_id = tokenizer.pad_token_id, and save both."
         )
 
 
@@ -230,11 +302,49 @@ def tokenize(
 
     Returns:
         `Dataset`: The tokenizer's columns, `labels`, and `length` in tokens, for batches of similar lengths.
+
+    Raises:
+        ValueError: if `max_length` leaves no room for a token of each text.
     """
+    n_special = tokenizer.num_special_tokens_to_add(pair=len(text_columns) == 2)
+    if max_length < n_special + len(text_columns):
+        raise ValueError(
+            f"max_length={max_length} leaves no room for the text beside {n_special} special tokens: "
+            f"give --max-length {n_special + len(text_columns)} or more."
+        )
+    # Other columns are dropped first: the user's own `length` or `input_ids` would lend its type to the new one.
+    texts = dataset.select_columns(list(text_columns))
+    # A tokenizer remembers the last truncation, and would be saved with it.
+    tokenizer = copy.deepcopy(tokenizer)
 
     def encode(rows: dict[str, list]) -> dict[str, list]:
         encoded = tokenizer(*(rows[column] for column in text_columns), truncation=True, max_length=max_length)
         return {**encoded, "length": [len(ids) for ids in encoded["input_ids"]]}
 
-    encoded = dataset.map(encode, batched=True, remove_columns=dataset.column_names, desc="Tokenizing")
+    encoded = texts.map(encode, batched=True, remove_columns=texts.column_names, desc="Tokenizing")
     return encoded.add_column("labels", list(labels))
+
+
+def check_length(model: "PreTrainedModel", dataset: "Dataset") -> None:
+    """Raises if a model cannot read the longest row, by letting it try.
+
+    Args:
+        model (`PreTrainedModel`): The model.
+        dataset (`Dataset`): Tokenized rows, as `tokenize` returns them.
+
+    Raises:
+        ValueError: if it fails, as it does beyond the last position that it has an embedding for.
+    """
+    import torch
+
+    lengths = list(dataset["length"])
+    row = dataset[lengths.index(max(lengths))]
+    inputs = {name: torch.tensor([row[name]]) for name in forward_columns(model) & set(row) - {"labels"}}
+    try:
+        with torch.inference_mode():
+            model(**inputs)
+    except (IndexError, RuntimeError) as error:
+        raise ValueError(
+            f"{type(model).__name__} cannot read the longest row, of {max(lengths)} tokens: {error}. "
+            "Give --max-length at most the number of positions that the model has, 512 for most."
+        ) from error

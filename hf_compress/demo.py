@@ -97,6 +97,7 @@ def run_demo(output: Path, seed: int = 0, overwrite: bool = False) -> dict[str, 
         output_dir=str(output),
         num_train_epochs=4,
         per_device_train_batch_size=32,
+        per_device_eval_batch_size=64,
         learning_rate=2e-4,
         warmup_steps=0.06,
         weight_decay=0.01,
@@ -108,6 +109,7 @@ def run_demo(output: Path, seed: int = 0, overwrite: bool = False) -> dict[str, 
         save_total_limit=1,
         train_sampling_strategy="group_by_length",
         report_to="none",
+        disable_tqdm=False,  # Trainer hides its bar by default where transformers logs errors only
     )
     # Without dropout a step is a third faster, and the teacher's soft targets regularize the student already.
     # Plain attention is faster than the fused kernel on short texts on a CPU.

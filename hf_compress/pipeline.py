@@ -1,16 +1,19 @@
 """The one place where the steps meet: a fine-tuned model distilled, saved, reloaded, measured and reported."""
 
 import copy
+import json
 import logging
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from datasets import Dataset, DatasetDict
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, Trainer, set_seed
 
 from hf_compress.data import (
     check_columns,
+    check_length,
     check_tokenizer,
     evaluation_split,
     label_ids,
@@ -18,14 +21,16 @@ from hf_compress.data import (
     load_splits,
     tokenize,
 )
-from hf_compress.distillation.config import DistillationArguments, StudentConfig
+from hf_compress.distillation.config import DistillationArguments
 from hf_compress.distillation.student import make_student
 from hf_compress.distillation.trainer import DistillationTrainer
-from hf_compress.evaluation.cost import compare_latency, measure_cost
-from hf_compress.evaluation.retention import score_retention
+from hf_compress.evaluation.cost import measure_cost
+from hf_compress.evaluation.latency import compare_latency
+from hf_compress.evaluation.retention import METRICS, score_retention
+from hf_compress.job import DistillJob, check_arguments, run_settings
 from hf_compress.modeling.tasks import problem_type
 from hf_compress.report import write_report
-from hf_compress.stages import open_run, train_once
+from hf_compress.stages import REPORT_FILE, open_run, train_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,62 +41,6 @@ TEACHER, STUDENT, BASELINE = "teacher", "student", "student-without-teacher"
 COST_BATCH = 32
 
 
-@dataclass
-class DistillJob:
-    """What to distil, and on which data."""
-
-    model: str = field(metadata={"help": "The model to compress: a folder, or a name on the Hub."})
-    dataset: str = field(
-        metadata={
-            "help": "Labelled texts: a name on the Hub, a folder with train.parquet, test.parquet ... (or csv, json), "
-            "or one such file."
-        }
-    )
-    student_layers: int = field(metadata={"help": "Layers of the student."})
-    layers: str = field(
-        default="spread",
-        metadata={"help": "Teacher layers that the student copies: spread, first, last, or indices such as 1,3,5."},
-    )
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "Configuration of a Hub data set, for instance sst2 of nyu-mll/glue."}
-    )
-    text_columns: list[str] = field(
-        default_factory=lambda: ["text"], metadata={"help": "Column of the texts, or two columns for pairs."}
-    )
-    label_column: str = field(default="label", metadata={"help": "Column of the labels: names, ids or numbers."})
-    eval_split: str | None = field(
-        default=None, metadata={"help": "Split to measure on. By default validation, dev or test, the first there is."}
-    )
-    max_length: int = field(default=128, metadata={"help": "Tokens per text at most; longer texts are cut."})
-    metric: str | None = field(
-        default=None, metadata={"help": "Metric of the table. By default accuracy, or pearsonr for regression."}
-    )
-    baseline: bool = field(
-        default=False, metadata={"help": "Also train the same student without the teacher, to compare with."}
-    )
-    teacher_epochs: float = field(
-        default=0.0,
-        metadata={"help": "Epochs of fine-tuning the model on the data first, for a model without a trained head."},
-    )
-    teacher_learning_rate: float = field(default=5e-5, metadata={"help": "Learning rate of that fine-tuning."})
-    overwrite: bool = field(
-        default=False, metadata={"help": "Delete the results of an earlier run in the output folder, and start anew."}
-    )
-
-    def student_config(self) -> StudentConfig:
-        """The choice of layers as `make_student` takes it.
-
-        Returns:
-            `StudentConfig`: Its `layers` are a list of numbers where indices were given.
-
-        Raises:
-            ValueError: if `layers` is neither a rule nor a list of numbers, or contradicts `student_layers`.
-        """
-        is_list = self.layers.replace(",", "").replace(" ", "").isdigit()
-        layers = [int(index) for index in self.layers.split(",")] if is_list else self.layers
-        return StudentConfig(num_layers=self.student_layers, layers=layers)
-
-
 class Material(NamedTuple):
     """What a run works with, checked.
 
@@ -100,7 +49,8 @@ class Material(NamedTuple):
         train (`Dataset`): Tokenized rows to train on.
         test (`Dataset`): Tokenized rows to measure on.
         test_split (`str`): The name of the latter's split.
-        labels (`list[str]` or `None`): Names of the classes; `None` for regression.
+        labels (`list[str]` or `None`): Names of the classes, for a model that is fine-tuned here; `None`: regression.
+        metric (`str`): What quality is measured by.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
@@ -108,6 +58,7 @@ class Material(NamedTuple):
     test: Dataset
     test_split: str
     labels: list[str] | None
+    metric: str
 
 
 def distill(
@@ -134,12 +85,15 @@ def distill(
         ValueError: if the data do not fit the model, or the output folder holds something else; before any training.
     """
     output = Path(args.output_dir)
-    options = model_options or {}
-    job.student_config()
-    splits = load_splits(job.dataset, job.dataset_name) if splits is None else splits
-    material = prepare(job, splits, options)
-    with args.main_process_first(desc="opening the output folder"):
-        open_run(output, run_settings(job, args), job.overwrite and args.process_index == 0)
+    # Trained weights are float32 whatever the checkpoint's dtype: small updates would be rounded away in bfloat16.
+    options = {"dtype": torch.float32, **(model_options or {})}
+    check_arguments(job, args)
+    with args.main_process_first(desc="preparing the data"):
+        splits = load_splits(job.dataset, job.dataset_name) if splits is None else splits
+        material = prepare(job, splits, options)
+    with args.main_process_first(local=False, desc="opening the output folder"):
+        overwrite = job.overwrite and args.process_index == 0
+        open_run(output, run_settings(job, args), overwrite, (TEACHER, STUDENT, BASELINE))
     if job.teacher_epochs > 0:
         train_once(output / TEACHER, lambda work: _teacher_trainer(job, args, material, options, work))
     teacher = str(output / TEACHER) if job.teacher_epochs > 0 else job.model
@@ -147,25 +101,10 @@ def distill(
     if job.baseline:
         alone = _changed(args, alpha=0.0)
         train_once(output / BASELINE, lambda work: _student_trainer(job, alone, material, options, teacher, work))
-    report = measure(job, args, material, teacher)
-    if args.process_index == 0:
-        write_report(report, output)
-    return report
-
-
-def run_settings(job: DistillJob, args: DistillationArguments) -> dict[str, Any]:
-    """What decides the result of a run: the job and the training arguments, without where it is written.
-
-    Args:
-        job (`DistillJob`): What to distil.
-        args (`DistillationArguments`): How to train.
-
-    Returns:
-        `dict`: Plain JSON types.
-    """
-    training = {name: value for name, value in args.to_dict().items() if not name.endswith("_dir")}
-    chosen = {name: value for name, value in asdict(job).items() if name != "overwrite"}
-    return {**chosen, "training": training}
+    with args.main_process_first(local=False, desc="measuring"):
+        if args.process_index == 0:
+            write_report(measure(job, args, material, teacher), output)
+    return json.loads((output / REPORT_FILE).read_text())
 
 
 def prepare(job: DistillJob, splits: DatasetDict, options: dict[str, Any]) -> Material:
@@ -180,24 +119,50 @@ def prepare(job: DistillJob, splits: DatasetDict, options: dict[str, Any]) -> Ma
         `Material`: Ready for training.
 
     Raises:
-        ValueError: if a split, a column, a label, the tokenizer or the task head does not fit.
+        ValueError: if a split, a column, a label, the tokenizer, the task head or the metric does not fit.
     """
     test_split = evaluation_split(splits, job.eval_split)
     if "train" not in splits:
         raise ValueError(f"The data set has no split 'train' to learn from, only {', '.join(splits)}.")
     for split in ("train", test_split):
         check_columns(splits[split], split, job.text_columns, job.label_column)
-    labels = label_names(splits["train"], job.label_column)
+    labels = label_names(splits["train"], job.label_column) if job.teacher_epochs > 0 else None
     tokenizer = AutoTokenizer.from_pretrained(job.model)
     teacher = load_teacher(job, labels, options)
     check_tokenizer(tokenizer, teacher)
     make_student(teacher, job.student_config())
+    metric = choose_metric(job, teacher)
     ids = {name: label_ids(splits[name], name, job.label_column, teacher.config) for name in ("train", test_split)}
     train, test = (
         tokenize(splits[name], tokenizer, job.text_columns, ids[name], job.max_length)
         for name in ("train", test_split)
     )
-    return Material(tokenizer, train, test, test_split, labels)
+    check_length(teacher, max(train, test, key=lambda rows: max(rows["length"])))
+    return Material(tokenizer, train, test, test_split, labels, metric)
+
+
+def choose_metric(job: DistillJob, teacher: "PreTrainedModel") -> str:
+    """What quality is measured by.
+
+    Args:
+        job (`DistillJob`): Names a metric, or none.
+        teacher (`PreTrainedModel`): The model to compress.
+
+    Returns:
+        `str`: The job's metric; by default accuracy, or pearsonr for regression.
+
+    Raises:
+        ValueError: if the metric does not fit the model's outputs.
+    """
+    kind = problem_type(teacher.config)
+    metric = job.metric or ("pearsonr" if kind == "regression" else "accuracy")
+    known = [name for name in METRICS[kind] if name != "f1" or teacher.config.num_labels == 2]
+    if metric not in known:
+        raise ValueError(
+            f"metric={metric!r} does not fit a model with {teacher.config.num_labels} outputs ({kind}): "
+            f"choose one of {', '.join(known)}."
+        )
+    return metric
 
 
 def load_teacher(job: DistillJob, labels: list[str] | None, options: dict[str, Any]) -> "PreTrainedModel":
@@ -215,15 +180,18 @@ def load_teacher(job: DistillJob, labels: list[str] | None, options: dict[str, A
         ValueError: if the head was never trained and is not going to be.
     """
     if job.teacher_epochs > 0:
-        names = labels or ["value"]
+        names = ["value"] if labels is None else labels
         label2id = {name: index for index, name in enumerate(names)}
         options = {**options, "id2label": dict(enumerate(names)), "label2id": label2id, "num_labels": len(names)}
+        # A head for other classes is replaced by a new one, whatever the old one was trained for.
+        options["ignore_mismatched_sizes"] = True
+        options["problem_type"] = "regression" if labels is None else "single_label_classification"
     load = AutoModelForSequenceClassification.from_pretrained
     model, loading = load(job.model, output_loading_info=True, **options)
     if loading["missing_keys"] and job.teacher_epochs == 0:
         raise ValueError(
-            f"{job.model} holds no trained task head (missing: {', '.join(sorted(loading['missing_keys']))}), so it has "
-            "nothing to teach. Give a fine-tuned model, or --teacher-epochs 3 to fine-tune it on these data first."
+            f"{job.model} holds no trained task head (missing: {', '.join(sorted(loading['missing_keys']))}), so it "
+            "has nothing to teach. Give a fine-tuned model, or --teacher-epochs 3 to fine-tune it on these data first."
         )
     return model
 
@@ -239,9 +207,12 @@ def _changed(args: DistillationArguments, **values: Any) -> DistillationArgument
 def _teacher_trainer(job: DistillJob, args: DistillationArguments, material: Material, options, work: Path) -> Trainer:
     logger.info("Fine-tuning the teacher on %d rows.", len(material.train))
     set_seed(args.seed)
-    args = _changed(
-        args, output_dir=str(work), num_train_epochs=job.teacher_epochs, learning_rate=job.teacher_learning_rate
-    )
+    schedule = {
+        "num_train_epochs": job.teacher_epochs,
+        "max_steps": -1,  # this, if set, is the student's
+        "learning_rate": job.teacher_learning_rate,
+    }
+    args = _changed(args, output_dir=str(work), **schedule)
     teacher = load_teacher(job, material.labels, options)
     return Trainer(teacher, args, train_dataset=material.train, processing_class=material.tokenizer)
 
@@ -279,16 +250,21 @@ def measure(job: DistillJob, args: DistillationArguments, material: Material, te
     paths = {TEACHER: teacher_path, STUDENT: str(output / STUDENT)}
     if job.baseline:
         paths[BASELINE] = str(output / BASELINE)
-    models = {name: AutoModelForSequenceClassification.from_pretrained(path) for name, path in paths.items()}
-    teacher = models[TEACHER]
-    metric = job.metric or ("pearsonr" if problem_type(teacher.config) == "regression" else "accuracy")
+    load = AutoModelForSequenceClassification.from_pretrained
+    models = {name: load(path).to(args.device) for name, path in paths.items()}
     sample = material.test.select(range(min(COST_BATCH, len(material.test)))).remove_columns(["labels", "length"])
     batch = dict(DataCollatorWithPadding(material.tokenizer)(list(sample)))
     latency = compare_latency(models, batch)
     rows = []
     for name, model in models.items():
         kept = score_retention(
-            teacher, model, material.test, metric, processing_class=material.tokenizer, seed=args.seed
+            models[TEACHER],
+            model,
+            material.test,
+            material.metric,
+            processing_class=material.tokenizer,
+            batch_size=args.per_device_eval_batch_size,
+            seed=args.seed,
         )
         path = paths[name] if Path(paths[name]).is_dir() else None
         cost = measure_cost(model, batch, path=path)
@@ -298,7 +274,7 @@ def measure(job: DistillJob, args: DistillationArguments, material: Material, te
         "training": {name: getattr(args, name) for name in _REPORTED_ARGUMENTS},
         "rows_trained_on": len(material.train),
         "rows_measured_on": len(material.test),
-        "metric": metric,
+        "metric": material.metric,
         "latency": latency.to_dict(),
         "models": rows,
     }

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 HEADINGS = ("model", "{metric}", "retention [95 %]", "parameters", "MB", "MACs", "latency", "faster")
+# Metrics that are shares of something; correlations, for instance, are not.
+_SHARES = ("accuracy", "exact_match", "f1", "f1_macro", "f1_micro", "f1_weighted", "seqeval", "token_accuracy")
 
 
 def write_report(report: dict[str, Any], folder: Path) -> None:
@@ -35,7 +37,7 @@ def table_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
         rows.append(
             (
                 name,
-                f"{100 * quality['compressed']:.1f} %",
+                _value(quality),
                 _retention(quality),
                 f"{cost['parameters']['total'] / 1e6:.1f} M",
                 f"{cost['bytes_on_disk'] / 1e6:.1f}",
@@ -47,11 +49,20 @@ def table_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
     return rows
 
 
+def _value(quality: dict[str, Any]) -> str:
+    value = quality["compressed"]
+    if value is None:
+        return "-"
+    return f"{100 * value:.1f} %" if quality["metric"] in _SHARES else f"{value:.3f}"
+
+
 def _retention(quality: dict[str, Any]) -> str:
     if quality["retention"] is None:
         return "-"
     low, high = quality["retention_interval"]
-    return f"{100 * quality['retention']:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+    # Undefined if the teacher's metric was on any of the resamples.
+    interval = "-" if low is None or high is None else f"{100 * low:.1f}, {100 * high:.1f}"
+    return f"{100 * quality['retention']:.1f} % [{interval}]"
 
 
 def conditions(report: dict[str, Any]) -> str:
@@ -94,27 +105,31 @@ def markdown(report: dict[str, Any]) -> str:
     )
 
 
-def show_report(report: dict[str, Any], folder: Path) -> None:
+def show_report(report: dict[str, Any], folder: str | Path) -> None:
     """Shows the table on the terminal, and what to type next.
 
     Args:
         report (`dict`): As `hf_compress.pipeline.distill` returns it.
-        folder (`Path`): The run's folder.
+        folder (`str` or `Path`): The run's folder.
     """
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    # Names and paths may hold brackets, which rich would take for its markup.
+    console = Console(markup=False, highlight=False)
+    folder = Path(folder)
     headings, *rows = table_rows(report)
     table = Table(*headings)
     for row in rows:
         table.add_row(*row)
+    for column in table.columns:
+        column.overflow = "fold"  # in a narrow terminal, rather than cut off
     for column in table.columns[1:]:
         column.justify = "right"
     console.print(table)
-    console.print(conditions(report), style="dim", highlight=False)
-    console.print(f"\nAll figures: {folder / 'report.json'}, {folder / 'report.md'}", highlight=False)
-    console.print("What next? The student is a stock checkpoint and needs no plug-in:\n", highlight=False)
+    console.print(conditions(report), style="dim")
+    console.print(f"\nAll figures: {folder / 'report.json'}, {folder / 'report.md'}", soft_wrap=True)
+    console.print("What next? The student is a stock checkpoint and needs no plug-in:\n")
     code = f"from transformers import pipeline\nclassify = pipeline('text-classification', '{folder / 'student'}')"
-    console.print(code, style="bold", highlight=False, soft_wrap=True)
-    console.print("\nYour own model and data: hf-compress distill --help", highlight=False)
+    console.print(code, style="bold", soft_wrap=True)
+    console.print("\nYour own model and data: hf-compress distill --help")

@@ -3,51 +3,75 @@
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from transformers import Trainer
+import torch
+from accelerate.data_loader import BatchSamplerShard
+from torch.utils.data import BatchSampler
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
 REPORT_FILE = "report.json"
+_MADE_BY = "hf-compress"
+# What a stage's folder is called while it is made: its training checkpoints, and the model being saved.
+_WORK, _PARTIAL = ".training", ".partial"
 
 
-def open_run(folder: Path, settings: dict[str, Any], overwrite: bool) -> None:
+def open_run(folder: Path, settings: dict[str, Any], overwrite: bool, stages: Sequence[str] = ()) -> None:
     """Takes an output folder for a run, or continues the same run in it.
 
     Args:
         folder (`Path`): The output folder; made if missing.
         settings (`dict`): What the run was asked for, as plain JSON types. It is stored, so that a run continues only
             what it began itself.
-        overwrite (`bool`): Whether an earlier run in the folder may be deleted.
+        overwrite (`bool`): Whether the results of an earlier run in the folder may be deleted; files of others stay.
+        stages (sequence of `str`, *optional*): Names of the folders that the run trains into.
 
     Raises:
         ValueError: if the folder holds a finished run, one with other settings, or files that no run made.
     """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"The output folder {folder} is a file: give a new or an empty folder.")
     run_file = folder / RUN_FILE
-    if overwrite and run_file.exists():
-        shutil.rmtree(folder)
-    if not run_file.exists():
-        if folder.exists() and any(folder.iterdir()):
-            raise ValueError(
-                f"The output folder {folder} holds files that are not of a run of hf-compress, so nothing is written "
-                "there and nothing deleted: give a new or an empty folder."
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = run_file.with_suffix(".partial")
-        partial.write_text(json.dumps(settings, indent=2) + "\n")
-        partial.rename(run_file)
+    unfinished = run_file.with_suffix(".partial")
+    stored = _stored_settings(run_file)
+    if stored is not None and not overwrite:
+        _check_continuable(folder, stored, settings)
+        logger.info("Continuing the run in %s.", folder)
         return
+    if stored is not None:
+        _delete_results(folder, stages)
+    elif folder.exists() and any(path != unfinished for path in folder.iterdir()):
+        raise ValueError(
+            f"The output folder {folder} holds files that are not of a run of {_MADE_BY}, so nothing is written "
+            "there and nothing deleted: give a new or an empty folder."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished.write_text(json.dumps({"made_by": _MADE_BY, "settings": settings}, indent=2) + "\n")
+    unfinished.rename(run_file)
+
+
+def _stored_settings(run_file: Path) -> dict[str, Any] | None:
+    """The settings in a run's file; `None` if there is none, or another program's of that name."""
+    try:
+        content = json.loads(run_file.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    is_ours = isinstance(content, dict) and content.get("made_by") == _MADE_BY
+    return content["settings"] if is_ours else None
+
+
+def _check_continuable(folder: Path, stored: dict[str, Any], settings: dict[str, Any]) -> None:
     if (folder / REPORT_FILE).exists():
         raise ValueError(
             f"The output folder {folder} holds a finished run: its results are in {REPORT_FILE} and report.md. "
             "Give another folder, or --overwrite to delete it and start anew."
         )
-    stored = json.loads(run_file.read_text())
     changed = sorted(name for name in {*stored, *settings} if stored.get(name) != settings.get(name))
     if changed:
         changes = ", ".join(f"{name} was {stored.get(name)!r} and is {settings.get(name)!r}" for name in changed)
@@ -55,10 +79,18 @@ def open_run(folder: Path, settings: dict[str, Any], overwrite: bool) -> None:
             f"The output folder {folder} holds an unfinished run with other settings ({changes}). Repeat the former "
             "command to continue it, give another folder, or --overwrite to delete it and start anew."
         )
-    logger.info("Continuing the run in %s.", folder)
 
 
-def train_once(folder: Path, make_trainer: Callable[[Path], "Trainer"]) -> bool:
+def _delete_results(folder: Path, stages: Sequence[str]) -> None:
+    # By name, because someone may keep notes, or models made of these, in the same folder.
+    for name in (REPORT_FILE, "report.md", f"{REPORT_FILE}.partial"):
+        (folder / name).unlink(missing_ok=True)
+    for stage in stages:
+        for suffix in ("", _WORK, _PARTIAL):
+            shutil.rmtree(folder / f"{stage}{suffix}", ignore_errors=True)
+
+
+def train_once(folder: Path, make_trainer: Callable[[Path], Trainer]) -> bool:
     """Trains a model and saves it, unless that was done before.
 
     Args:
@@ -69,17 +101,20 @@ def train_once(folder: Path, make_trainer: Callable[[Path], "Trainer"]) -> bool:
     Returns:
         `bool`: Whether anything was trained.
     """
+    work = folder.with_name(folder.name + _WORK)
     if folder.exists():
         logger.info("%s is there already.", folder.name)
+        # A run that was stopped right after it saved the model has left them.
+        shutil.rmtree(work, ignore_errors=True)
         return False
-    work = folder.with_name(folder.name + ".training")
     trainer = make_trainer(work)
+    trainer.add_callback(_OrderByEpoch)
     checkpoint = last_checkpoint(work)
     if checkpoint is not None:
         logger.info("%s continues from %s.", folder.name, checkpoint.name)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
     if trainer.is_world_process_zero():
-        partial = folder.with_name(folder.name + ".partial")
+        partial = folder.with_name(folder.name + _PARTIAL)
         trainer.model.save_pretrained(partial)
         if trainer.processing_class is not None:
             trainer.processing_class.save_pretrained(partial)
@@ -101,3 +136,21 @@ def last_checkpoint(folder: Path) -> Path | None:
     """
     checkpoints = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
     return max(checkpoints, key=lambda path: int(path.name.split("-")[1]), default=None)
+
+
+class _OrderByEpoch(TrainerCallback):
+    """Lets seed and epoch alone decide the order of rows that are grouped by length.
+
+    Trainer's sampler draws it from the global generator. A training that continues in the middle of an epoch, having
+    drawn less from it, would skip other rows than those it had learned from; processes that draw unequally would not
+    share one order.
+    """
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        batches = train_dataloader.batch_sampler
+        # Of several processes, each wraps the batches of all.
+        batches = batches.batch_sampler if isinstance(batches, BatchSamplerShard) else batches
+        # Other samplers of batches take their order from seed and epoch already.
+        if type(batches) is BatchSampler and isinstance(batches.sampler, LengthGroupedSampler):
+            seed = args.seed if args.data_seed is None else args.data_seed
+            batches.sampler.generator = torch.Generator().manual_seed(seed + int(state.epoch))

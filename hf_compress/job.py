@@ -1,0 +1,118 @@
+"""What a run is asked for: the job, and the training arguments that go with it."""
+
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hf_compress.distillation.config import DistillationArguments, StudentConfig
+
+# Arguments of a Trainer that would break what a run promises: the value they must keep, and why.
+_FIXED_ARGUMENTS = {
+    "eval_strategy": ("no", "the models are measured when they are trained, so that nothing is chosen on those rows"),
+    "push_to_hub": (False, "every training would push to the same place; push the folder of the student afterwards"),
+    "resume_from_checkpoint": (None, "a stopped run continues by itself when the command is repeated"),
+    "save_only_model": (False, "a stopped training could not continue exactly without the optimizer's state"),
+}
+
+
+@dataclass
+class DistillJob:
+    """What to distil, and on which data."""
+
+    model: str = field(metadata={"help": "The model to compress: a folder, or a name on the Hub."})
+    dataset: str = field(
+        metadata={
+            "help": "Labelled texts: a name on the Hub, a folder with train.parquet, test.parquet ... (or csv, json), "
+            "or one such file."
+        }
+    )
+    student_layers: int = field(metadata={"help": "Layers of the student."})
+    layers: str = field(
+        default="spread",
+        metadata={"help": "Teacher layers that the student copies: spread, first, last, or indices such as 1,3,5."},
+    )
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Configuration of a Hub data set, for instance sst2 of nyu-mll/glue."}
+    )
+    text_columns: list[str] = field(
+        default_factory=lambda: ["text"], metadata={"help": "Column of the texts, or two columns for pairs."}
+    )
+    label_column: str = field(default="label", metadata={"help": "Column of the labels: names, ids or numbers."})
+    eval_split: str | None = field(
+        default=None, metadata={"help": "Split to measure on. By default validation, dev or test, the first there is."}
+    )
+    max_length: int = field(default=128, metadata={"help": "Tokens per text at most; longer texts are cut."})
+    metric: str | None = field(
+        default=None, metadata={"help": "Metric of the table. By default accuracy, or pearsonr for regression."}
+    )
+    baseline: bool = field(
+        default=False, metadata={"help": "Also train the same student without the teacher, to compare with."}
+    )
+    teacher_epochs: float = field(
+        default=0.0,
+        metadata={"help": "Epochs of fine-tuning the model on the data first, for a model without a trained head."},
+    )
+    teacher_learning_rate: float = field(default=5e-5, metadata={"help": "Learning rate of that fine-tuning."})
+    overwrite: bool = field(
+        default=False, metadata={"help": "Delete the results of an earlier run in the output folder, and start anew."}
+    )
+
+    def __post_init__(self) -> None:
+        self.student_config()
+        if self.teacher_epochs < 0:
+            raise ValueError(
+                f"teacher_epochs={self.teacher_epochs} is below 0: give 0 for a model that is fine-tuned."
+            )
+
+    def student_config(self) -> StudentConfig:
+        """The choice of layers as `make_student` takes it.
+
+        Returns:
+            `StudentConfig`: Its `layers` are a list of numbers where indices were given.
+
+        Raises:
+            ValueError: if `layers` is neither a rule nor a list of numbers, or contradicts `student_layers`.
+        """
+        is_list = re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*", self.layers)
+        layers = [int(index) for index in self.layers.split(",")] if is_list else self.layers
+        return StudentConfig(num_layers=self.student_layers, layers=layers)
+
+
+def run_settings(job: DistillJob, args: DistillationArguments) -> dict[str, Any]:
+    """What decides the result of a run: the job and the training arguments, without where it is written.
+
+    Args:
+        job (`DistillJob`): What to distil.
+        args (`DistillationArguments`): How to train.
+
+    Returns:
+        `dict`: Plain JSON types.
+    """
+    training = {name: value for name, value in args.to_dict().items() if not name.endswith("_dir")}
+    chosen = {name: value for name, value in asdict(job).items() if name != "overwrite"}
+    return {**training, **chosen}
+
+
+def check_arguments(job: DistillJob, args: DistillationArguments) -> None:
+    """Raises if training arguments contradict what a run does by itself, or its results could replace its inputs.
+
+    Args:
+        job (`DistillJob`): Names the model and the data.
+        args (`DistillationArguments`): Names the output folder.
+
+    Raises:
+        ValueError: with the argument and the reason.
+    """
+    for name, (fixed, reason) in _FIXED_ARGUMENTS.items():
+        value = getattr(args, name)
+        if value != fixed:
+            raise ValueError(f"{name}={value} cannot be used here: {reason}. Leave it out.")
+    output = Path(args.output_dir).resolve()
+    for what, path in (("model", job.model), ("data set", job.dataset)):
+        inner = Path(path).expanduser().resolve()
+        if inner.exists() and output in (inner, *inner.parents):
+            raise ValueError(
+                f"The {what} {path} lies in the output folder {args.output_dir}, where it could be overwritten: "
+                "give an output folder of its own."
+            )
