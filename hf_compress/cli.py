@@ -6,7 +6,7 @@ import os
 import sys
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -15,6 +15,10 @@ from rich.markup import escape
 from rich.table import Table
 
 import hf_compress
+
+if TYPE_CHECKING:
+    from hf_compress.distillation.config import DistillationArguments
+    from hf_compress.job import DistillJob
 
 app = typer.Typer(
     name="hf-compress",
@@ -98,26 +102,31 @@ def distill(
     if help_ or help_all:
         print_distill_help(everything=help_all)
         raise typer.Exit
-    run_distill(context.args)
+    from hf_compress.pipeline import distill as run
+    from hf_compress.report import show_report
+
+    job, args = parse_distill(context.args)
+    report = run(job, args)
+    if args.process_index == 0:
+        show_report(report, args.output_dir)
 
 
-def run_distill(arguments: list[str]) -> dict[str, Any]:
-    """Parses a command line of `hf-compress distill` and runs it.
+def parse_distill(arguments: list[str]) -> "tuple[DistillJob, DistillationArguments]":
+    """Parses a command line of `hf-compress distill`.
 
     Args:
         arguments (`list[str]`): Options such as `--model` and their values.
 
     Returns:
-        `dict`: The report.
+        `tuple[DistillJob, DistillationArguments]`: What to distil, and how to train.
 
     Raises:
-        ValueError: if an option is missing, unknown or has no such value, or the job cannot be done.
+        ValueError: if an option is missing, unknown or has no such value.
     """
     from transformers import HfArgumentParser
 
     from hf_compress.distillation.config import DistillationArguments
-    from hf_compress.pipeline import DistillJob, distill
-    from hf_compress.report import show_report
+    from hf_compress.job import DistillJob
 
     def refuse(message: str) -> NoReturn:
         raise ValueError(f"{message.rstrip('.')}. `hf-compress distill --help` shows the options.")
@@ -133,11 +142,7 @@ def run_distill(arguments: list[str]) -> dict[str, Any]:
     if unknown:
         near = difflib.get_close_matches(unknown[0], options, n=1)
         refuse(f"{' '.join(unknown)} is no option" + "".join(f" (did you mean {name}?)" for name in near))
-    job, args = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
-    report = distill(job, args)
-    if args.process_index == 0:
-        show_report(report, args.output_dir)
-    return report
+    return parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
 
 
 def print_distill_help(everything: bool = False) -> None:
@@ -147,7 +152,7 @@ def print_distill_help(everything: bool = False) -> None:
         everything (`bool`, *optional*, defaults to `False`): Also the rarer arguments of `transformers.Trainer`.
     """
     from hf_compress.distillation.config import DistillationArguments
-    from hf_compress.pipeline import DistillJob
+    from hf_compress.job import DistillJob
 
     out = Console()
     out.print(

@@ -256,19 +256,23 @@ def measure(job: DistillJob, args: DistillationArguments, material: Material, te
     batch = dict(DataCollatorWithPadding(material.tokenizer)(list(sample)))
     latency = compare_latency(models, batch)
     rows = []
-    for name, model in models.items():
+
+    def score(first: str, second: str) -> dict[str, Any]:
         kept = score_retention(
-            models[TEACHER],
-            model,
+            models[first],
+            models[second],
             material.test,
             material.metric,
             processing_class=material.tokenizer,
             batch_size=args.per_device_eval_batch_size,
             seed=args.seed,
         )
+        return kept.to_dict()
+
+    for name, model in models.items():
         path = paths[name] if Path(paths[name]).is_dir() else None
         cost = measure_cost(model, batch, path=path)
-        rows.append({"name": name, "quality": kept.to_dict(), "cost": cost.to_dict()})
+        rows.append({"name": name, "quality": score(TEACHER, name), "cost": cost.to_dict()})
     return {
         "job": {name: value for name, value in asdict(job).items() if name != "overwrite"},
         "training": {name: getattr(args, name) for name in _REPORTED_ARGUMENTS},
@@ -276,6 +280,7 @@ def measure(job: DistillJob, args: DistillationArguments, material: Material, te
         "rows_measured_on": len(material.test),
         "metric": material.metric,
         "latency": latency.to_dict(),
+        "gain": score(BASELINE, STUDENT) if job.baseline else None,
         "models": rows,
     }
 

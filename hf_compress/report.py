@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-HEADINGS = ("model", "{metric}", "retention [95 %]", "parameters", "MB", "MACs", "latency", "faster")
+HEADINGS = ("model", "{metric}", "retention % [95 %]", "params", "MB", "MACs", "latency", "faster")
 # Metrics that are shares of something; correlations, for instance, are not.
 _SHARES = ("accuracy", "exact_match", "f1", "f1_macro", "f1_micro", "f1_weighted", "seqeval", "token_accuracy")
 
@@ -32,13 +32,13 @@ def table_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
         `list[tuple[str, ...]]`: One row per model; the first is what the others are compared with.
     """
     rows = [tuple(heading.format(metric=report["metric"]) for heading in HEADINGS)]
-    for model in report["models"]:
+    for position, model in enumerate(report["models"]):
         quality, cost, name = model["quality"], model["cost"], model["name"]
         rows.append(
             (
                 name,
                 _value(quality),
-                _retention(quality),
+                _retention(quality) if position else "-",
                 f"{cost['parameters']['total'] / 1e6:.1f} M",
                 f"{cost['bytes_on_disk'] / 1e6:.1f}",
                 f"{cost['macs'] / cost['conditions']['batch_size'] / 1e6:.0f} M",
@@ -62,7 +62,27 @@ def _retention(quality: dict[str, Any]) -> str:
     low, high = quality["retention_interval"]
     # Undefined if the teacher's metric was on any of the resamples.
     interval = "-" if low is None or high is None else f"{100 * low:.1f}, {100 * high:.1f}"
-    return f"{100 * quality['retention']:.1f} % [{interval}]"
+    return f"{100 * quality['retention']:.1f} [{interval}]"
+
+
+def gain(report: dict[str, Any]) -> str:
+    """What the teacher was worth, in one sentence: the student beside the same student trained alone.
+
+    Args:
+        report (`dict`): As `hf_compress.pipeline.distill` returns it.
+
+    Returns:
+        `str`: The difference and its interval; empty where no student was trained alone.
+    """
+    if report["gain"] is None:
+        return ""
+    metric, (low, high) = report["metric"], report["gain"]["difference_interval"]
+    values = (report["gain"]["difference"], low, high)
+    if None in values:
+        return f"The difference in {metric} that the teacher made is not defined on these rows."
+    scale, digits, unit = (100, 1, " points") if metric in _SHARES else (1, 3, "")
+    difference, low, high = (f"{scale * value:+.{digits}f}" for value in values)
+    return f"Difference in {metric} that the teacher made: {difference}{unit}, 95 % interval [{low}, {high}]."
 
 
 def conditions(report: dict[str, Any]) -> str:
@@ -101,7 +121,7 @@ def markdown(report: dict[str, Any]) -> str:
     return (
         f"# {job['student_layers']}-layer student of {Path(job['model']).name} on {job['dataset']}\n\n"
         + "\n".join(lines)
-        + f"\n\n{conditions(report)}\n\nTraining: {training}.\n"
+        + f"\n\n{gain(report)}\n\n{conditions(report)}\n\nTraining: {training}.\n"
     )
 
 
@@ -112,6 +132,7 @@ def show_report(report: dict[str, Any], folder: str | Path) -> None:
         report (`dict`): As `hf_compress.pipeline.distill` returns it.
         folder (`str` or `Path`): The run's folder.
     """
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
@@ -119,7 +140,7 @@ def show_report(report: dict[str, Any], folder: str | Path) -> None:
     console = Console(markup=False, highlight=False)
     folder = Path(folder)
     headings, *rows = table_rows(report)
-    table = Table(*headings)
+    table = Table(*headings, box=box.SIMPLE, padding=(0, 1, 0, 0))
     for row in rows:
         table.add_row(*row)
     for column in table.columns:
@@ -127,6 +148,7 @@ def show_report(report: dict[str, Any], folder: str | Path) -> None:
     for column in table.columns[1:]:
         column.justify = "right"
     console.print(table)
+    console.print(gain(report))
     console.print(conditions(report), style="dim")
     console.print(f"\nAll figures: {folder / 'report.json'}, {folder / 'report.md'}", soft_wrap=True)
     console.print("What next? The student is a stock checkpoint and needs no plug-in:\n")

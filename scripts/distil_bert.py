@@ -21,11 +21,8 @@ A stopped run continues with the same command. `--help` shows the usual options,
 
 import sys
 
-from transformers import HfArgumentParser
-
-from hf_compress import DistillationArguments
-from hf_compress.cli import DISTILL_DEFAULTS, print_distill_help
-from hf_compress.pipeline import DistillJob, distill
+from hf_compress.cli import parse_distill, print_distill_help
+from hf_compress.pipeline import distill
 from hf_compress.report import show_report
 
 
@@ -33,11 +30,10 @@ def main() -> None:
     if {"-h", "--help", "--help-all"} & set(sys.argv):
         print_distill_help(everything="--help-all" in sys.argv)
         return
-    parser = HfArgumentParser((DistillJob, DistillationArguments), add_help=False)
-    parser.set_defaults(**DISTILL_DEFAULTS)
-    job, args = parser.parse_args_into_dataclasses()
+    job, args = parse_distill(sys.argv[1:])
     report = distill(job, args)
-    show_report(report, args.output_dir)
+    if args.process_index == 0:
+        show_report(report, args.output_dir)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from hf_compress.report import markdown, show_report, table_rows, write_report
+from hf_compress.report import gain, markdown, show_report, table_rows, write_report
 
 
 def model(name, compressed, retention=1.0, interval=(0.9, 1.05), metric="accuracy"):
@@ -43,6 +43,7 @@ def report():
         "rows_trained_on": 1000,
         "rows_measured_on": 500,
         "metric": "accuracy",
+        "gain": None,
         "latency": {
             "latency": {
                 "teacher": {"median_s": 0.2, "dtype": "float32"},
@@ -66,8 +67,8 @@ def test_cells(report):
     assert student == {
         "model": "student",
         "accuracy": "97.1 %",
-        "retention [95 %]": "99.0 % [90.0, 105.0]",
-        "parameters": "22.4 M",
+        "retention % [95 %]": "99.0 [90.0, 105.0]",
+        "params": "22.4 M",
         "MB": "90.0",
         "MACs": "70 M",
         "latency": "100 ms",
@@ -94,11 +95,32 @@ def test_only_shares_are_in_percent(report, metric, value, shown):
 
 @pytest.mark.parametrize(
     ("retention", "interval", "shown"),
-    [(None, (None, None), "-"), (0.5, (None, None), "50.0 % [-]"), (0.5, (0.25, 1.0), "50.0 % [25.0, 100.0]")],
+    [(None, (None, None), "-"), (0.5, (None, None), "50.0 [-]"), (0.5, (0.25, 1.0), "50.0 [25.0, 100.0]")],
 )
 def test_undefined_retention(report, retention, interval, shown):
     report["models"][1] = model("student", 0.5, retention=retention, interval=interval)
-    assert cells(report)[1]["retention [95 %]"] == shown
+    assert cells(report)[1]["retention % [95 %]"] == shown
+
+
+@pytest.mark.parametrize(
+    ("metric", "difference", "interval", "shown"),
+    [
+        (
+            "accuracy",
+            0.0123,
+            (-0.004, 0.02),
+            "that the teacher made: +1.2 points, 95 % interval [-0.4, +2.0]",
+        ),
+        ("pearsonr", -0.05, (-0.1, 0.0), "that the teacher made: -0.050, 95 % interval [-0.100, +0.000]"),
+        ("pearsonr", None, (None, None), "that the teacher made is not defined"),
+    ],
+)
+def test_what_the_teacher_was_worth(report, metric, difference, interval, shown):
+    assert gain(report) == ""
+    report["metric"] = metric
+    report["gain"] = {"difference": difference, "difference_interval": list(interval)}
+    assert shown in gain(report)
+    assert shown in markdown(report)
 
 
 def test_page_holds_every_cell(report):

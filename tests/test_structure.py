@@ -45,7 +45,7 @@ ALLOWED = {
     "recipe": CONFIGS,
     "pipeline": BASE | STEPS | {"evaluation", "data", "job", "stages", "report", "card", "hub", "recipe"},
     "demo": CONFIGS | {"pipeline", "data", "report", "recipe"},
-    "cli": CONFIGS | {"__init__", "demo", "pipeline", "data", "report", "card", "hub", "recipe"},
+    "cli": CONFIGS | {"__init__", "demo", "job", "pipeline", "data", "report", "card", "hub", "recipe"},
     "__init__": {"checkpoint"},  # the public names are served lazily, from strings
 }
 

@@ -1,0 +1,41 @@
+"""Every script runs, from its command line to its result, and its help can be read."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from transformers import AutoModelForSequenceClassification
+
+from hf_compress.modeling.blocks import count_layers
+from tests.tiny_job import make_inputs
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+
+
+def run(script: str, folder: Path, *words: object) -> str:
+    done = subprocess.run(
+        [sys.executable, str(SCRIPTS / script), *(str(word) for word in words)],
+        env=os.environ | {"HF_DATASETS_CACHE": str(folder / "cache"), "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_distil_bert(tmp_path):
+    inputs = make_inputs(tmp_path / "inputs")
+    output = tmp_path / "run"
+    words = ("--model", inputs / "model", "--dataset", inputs / "data", "--student-layers", 2, "--output-dir", output)
+    shown = run("distil_bert.py", tmp_path, *words, "--use-cpu", "--max-length", 16, "--max-steps", 2)
+    assert "retention" in shown
+    assert json.loads((output / "report.json").read_text())["training"]["alpha"] == 0.9
+    assert count_layers(AutoModelForSequenceClassification.from_pretrained(output / "student")) == 2
+
+
+def test_help_of_distil_bert(tmp_path):
+    shown = run("distil_bert.py", tmp_path, "--help")
+    for option in ("--student-layers", "--text-columns", "--temperature", "--learning-rate", "--help-all"):
+        assert option in shown
