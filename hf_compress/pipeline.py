@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-TEACHER, STUDENT, BASELINE = "teacher", "student", "student-without-teacher"
+TEACHER, STUDENT, BASELINE = "teacher", "student", "student-alone"
 COST_BATCH = 32
 
 
@@ -74,7 +74,7 @@ def distill(
     Args:
         job (`DistillJob`): What to distil, on which data.
         args (`DistillationArguments`): How to train; `output_dir` gets `teacher/` (where it was fine-tuned here),
-            `student/`, `student-without-teacher/` (with `job.baseline`), `report.json` and `report.md`.
+            `student/`, `student-alone/` (with `job.baseline`), `report.json` and `report.md`.
         splits (`DatasetDict`, *optional*): The data, where they are no file and have no name on the Hub.
         model_options (`dict`, *optional*): Further arguments of `from_pretrained` for the models that are trained.
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-HEADINGS = ("model", "{metric}", "retention % [95 %]", "params", "MB", "MACs", "latency", "faster")
+HEADINGS = ("model", "{metric}", "retention % [95 %]", "params", "MB", "MACs", "faster")
 # Metrics that are shares of something; correlations, for instance, are not.
 _SHARES = ("accuracy", "exact_match", "f1", "f1_macro", "f1_micro", "f1_weighted", "seqeval", "token_accuracy")
 
@@ -42,7 +42,6 @@ def table_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
                 f"{cost['parameters']['total'] / 1e6:.1f} M",
                 f"{cost['bytes_on_disk'] / 1e6:.1f}",
                 f"{cost['macs'] / cost['conditions']['batch_size'] / 1e6:.0f} M",
-                f"{1000 * report['latency']['latency'][name]['median_s']:.0f} ms",
                 f"{1 / report['latency']['ratio'][name]:.2f}x",
             )
         )
@@ -95,9 +94,11 @@ def conditions(report: dict[str, Any]) -> str:
         `str`: Rows, device, threads, dtype, batch, sequence length and versions.
     """
     c = report["latency"]["conditions"]
+    first = next(iter(report["latency"]["latency"].values()))
     dtypes = {latency["dtype"] for latency in report["latency"]["latency"].values()}
     return (
-        f"Quality on {report['rows_measured_on']} rows, trained on {report['rows_trained_on']}; MACs per row; latency "
+        f"Quality on {report['rows_measured_on']} rows, trained on {report['rows_trained_on']}; MACs per row; faster: "
+        f"ratio of median latencies, interleaved (the first took {1000 * first['median_s']:.0f} ms), "
         f"of a batch of {c['batch_size']} rows of {c['sequence_length']} tokens, {'/'.join(sorted(dtypes))}, "
         f"{c['device']} ({c['processor']}), {c['threads']} threads, torch {c['torch_version']}, "
         f"transformers {c['transformers_version']}. "
@@ -119,7 +120,7 @@ def markdown(report: dict[str, Any]) -> str:
     training = ", ".join(f"{name} {value}" for name, value in report["training"].items())
     job = report["job"]
     return (
-        f"# {job['student_layers']}-layer student of {Path(job['model']).name} on {job['dataset']}\n\n"
+        f"# A {job['student_layers']}-layer student, trained on {job['dataset']}\n\nOf `{job['model']}`.\n\n"
         + "\n".join(lines)
         + f"\n\n{gain(report)}\n\n{conditions(report)}\n\nTraining: {training}.\n"
     )
@@ -145,6 +146,8 @@ def show_report(report: dict[str, Any], folder: str | Path) -> None:
         table.add_row(*row)
     for column in table.columns:
         column.overflow = "fold"  # in a narrow terminal, rather than cut off
+    for column in table.columns:
+        column.no_wrap = True
     for column in table.columns[1:]:
         column.justify = "right"
     console.print(table)

@@ -155,7 +155,7 @@ def test_distill_from_words_to_table(inputs, tmp_path, capsys):
     assert report["training"]["temperature"] == 3
     assert report["training"]["bf16"] is False
     assert report["job"]["baseline"] is True
-    for name in ("teacher", "student", "student-without-teacher"):
+    for name in ("teacher", "student", "student-alone"):
         assert re.search(rf"^ *{name} ", shown, re.MULTILINE)
     assert f"{100 * quality(report)[1]['compressed']:.1f} %" in shown
     settings = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]

@@ -61,9 +61,9 @@ def test_files_of_a_run(run):
         "report.json",
         "report.md",
         "student",
-        "student-without-teacher",
+        "student-alone",
     }
-    for student in ("student", "student-without-teacher"):
+    for student in ("student", "student-alone"):
         suffixes = {name.rsplit(".", 1)[-1] for name in files_of(folder / student)}
         assert suffixes <= {"json", "safetensors", "txt"}
     assert json.loads((folder / "report.json").read_text()) == report
@@ -74,7 +74,7 @@ def test_figures_are_those_of_the_saved_models(run, inputs):
     rows = tiny_texts(16, seed=2)
     texts, labels = [row["text"] for row in rows], np.array([row["label"] for row in rows])
     teacher_decisions = predictions(inputs / "model", texts).argmax(-1)
-    places = (inputs / "model", folder / "student", folder / "student-without-teacher")
+    places = (inputs / "model", folder / "student", folder / "student-alone")
     for place, model in zip(places, report["models"], strict=True):
         decisions = predictions(place, texts).argmax(-1)
         accuracy = float((decisions == labels).mean())
@@ -85,7 +85,7 @@ def test_figures_are_those_of_the_saved_models(run, inputs):
         tensors = load_file(place / "model.safetensors")
         assert model["cost"]["parameters"]["total"] == sum(tensor.numel() for tensor in tensors.values())
         assert model["cost"]["bytes_on_disk"] == (place / "model.safetensors").stat().st_size
-    assert [model["name"] for model in report["models"]] == ["teacher", "student", "student-without-teacher"]
+    assert [model["name"] for model in report["models"]] == ["teacher", "student", "student-alone"]
     assert report["models"][0]["quality"]["retention"] == 1
     assert (report["rows_trained_on"], report["rows_measured_on"]) == (24, 16)
 
@@ -100,13 +100,13 @@ def test_student_is_a_stock_checkpoint_that_has_learned(run, inputs):
     assert files_of(folder / "student")["tokenizer.json"] == files_of(inputs / "model")["tokenizer.json"]
     assert not torch.equal(student.classifier.weight, teacher.classifier.weight)
     both = students(folder)
-    assert both["student"]["model.safetensors"] != both["student-without-teacher"]["model.safetensors"]
+    assert both["student"]["model.safetensors"] != both["student-alone"]["model.safetensors"]
 
 
 def test_baseline_is_the_student_of_alpha_0(run, inputs, tmp_path):
     folder, _ = run
     distill(tiny_job(inputs), tiny_arguments(tmp_path / "run", alpha=0.0))
-    assert students(tmp_path / "run")["student"] == students(folder)["student-without-teacher"]
+    assert students(tmp_path / "run")["student"] == students(folder)["student-alone"]
 
 
 def test_same_seed_same_result(run, inputs, tmp_path):
@@ -201,7 +201,7 @@ def test_run_stopped_in_its_second_training(run, inputs, tmp_path, monkeypatch):
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
         "run.json",
         "student",
-        "student-without-teacher.training",
+        "student-alone.training",
     }
     continued = distill(job, args)
     assert quality(continued) == quality(report)

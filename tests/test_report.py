@@ -71,7 +71,6 @@ def test_cells(report):
         "params": "22.4 M",
         "MB": "90.0",
         "MACs": "70 M",
-        "latency": "100 ms",
         "faster": "2.00x",
     }
 
@@ -126,7 +125,9 @@ def test_what_the_teacher_was_worth(report, metric, difference, interval, shown)
 def test_page_holds_every_cell(report):
     page = markdown(report)
     lines = page.splitlines()
-    assert lines[0] == "# 3-layer student of bert on news[world]"
+    assert lines[0] == "# A 3-layer student, trained on news[world]"
+    assert "Of `/models/bert`." in lines
+    assert "(the first took 200 ms)" in page
     for row in table_rows(report):
         assert "| " + " | ".join(row) + " |" in lines
     assert "500 rows, trained on 1000" in page

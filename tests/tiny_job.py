@@ -126,7 +126,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 def students(run: Path) -> dict[str, dict[str, bytes]]:
     """All files of the students in a run's folder."""
-    names = ("student", "student-without-teacher")
+    names = ("student", "student-alone")
     return {name: files_of(run / name) for name in names if (run / name).exists()}
 
 
