@@ -6,10 +6,17 @@ from typing import Any
 from hf_compress.checkpoint.quantizer import register as _register_loader
 
 _MODULES = {
+    "AugmentationConfig": "hf_compress.distillation.augmentation",
     "Cost": "hf_compress.evaluation.cost",
-    "DistillationArguments": "hf_compress.distillation.config",
+    "DistillationArguments": "hf_compress.distillation.arguments",
     "DistillationTrainer": "hf_compress.distillation.trainer",
+    "StageConfig": "hf_compress.distillation.arguments",
     "StudentConfig": "hf_compress.distillation.config",
+    "TeacherCache": "hf_compress.distillation.cache",
+    "TeacherCollator": "hf_compress.distillation.tokenizers",
+    "TermConfig": "hf_compress.distillation.arguments",
+    "add_teacher_inputs": "hf_compress.distillation.tokenizers",
+    "augment": "hf_compress.distillation.augmentation",
     "compare_latency": "hf_compress.evaluation.latency",
     "load_metric": "hf_compress.evaluation.metrics",
     "make_student": "hf_compress.distillation.student",

@@ -17,7 +17,7 @@ from rich.table import Table
 import hf_compress
 
 if TYPE_CHECKING:
-    from hf_compress.distillation.config import DistillationArguments
+    from hf_compress.distillation.arguments import DistillationArguments
     from hf_compress.job import DistillJob
 
 app = typer.Typer(
@@ -125,7 +125,7 @@ def parse_distill(arguments: list[str]) -> "tuple[DistillJob, DistillationArgume
     """
     from transformers import HfArgumentParser
 
-    from hf_compress.distillation.config import DistillationArguments
+    from hf_compress.distillation.arguments import DistillationArguments
     from hf_compress.job import DistillJob
 
     def refuse(message: str) -> NoReturn:
@@ -151,7 +151,7 @@ def print_distill_help(everything: bool = False) -> None:
     Args:
         everything (`bool`, *optional*, defaults to `False`): Also the rarer arguments of `transformers.Trainer`.
     """
-    from hf_compress.distillation.config import DistillationArguments
+    from hf_compress.distillation.arguments import DistillationArguments
     from hf_compress.job import DistillJob
 
     out = Console()

@@ -5,7 +5,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_compress.distillation.config import DistillationArguments, StudentConfig
+from hf_compress.distillation.arguments import DistillationArguments
+from hf_compress.distillation.config import StudentConfig
 
 # Arguments of a Trainer that would break what a run promises: the value they must keep, and why.
 _FIXED_ARGUMENTS = {

@@ -21,7 +21,7 @@ from hf_compress.data import (
     load_splits,
     tokenize,
 )
-from hf_compress.distillation.config import DistillationArguments
+from hf_compress.distillation.arguments import DistillationArguments
 from hf_compress.distillation.student import make_student
 from hf_compress.distillation.trainer import DistillationTrainer
 from hf_compress.evaluation.cost import measure_cost

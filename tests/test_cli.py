@@ -13,7 +13,7 @@ import transformers
 
 import hf_compress
 from hf_compress.cli import DISTILL_DEFAULTS, main
-from hf_compress.distillation.config import DistillationArguments
+from hf_compress.distillation.arguments import DistillationArguments
 from hf_compress.job import DistillJob
 from tests.tiny_job import files_of, make_inputs, quality, students
 

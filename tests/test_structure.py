@@ -28,7 +28,7 @@ TREES = {path: ast.parse(path.read_text(), str(path)) for path in FILES}
 # What each layer may import, itself apart. "pruning" allows all of that folder, "pruning.config" that file alone.
 BASE = {"checkpoint", "modeling"}
 STEPS = {"distillation", "pruning", "quantization"}
-CONFIGS = {f"{step}.config" for step in STEPS}
+CONFIGS = {f"{step}.config" for step in STEPS} | {"distillation.arguments"}
 ALLOWED = {
     "modeling": set(),
     "checkpoint": {"modeling"},
@@ -55,11 +55,11 @@ PATHS = {
     "position_embeddings", "heads", "token_rows", "token_columns",
 }  # fmt: skip
 NO_PATHS = {
-    "head_dim", "attributes", "kind", "present_if", "head_count", "all_heads_width", "kv_group_size", "fused",
+    "head_dim", "attributes", "kind", "has_plain_scores", "present_if", "head_count", "all_heads_width", "kv_group_size", "fused",
     "gated_if", "width", "in_first_block", "flag", "key", "value", "reason", "attentions", "ffn", "num_layers",
     "num_heads", "cache_num_layers", "ffn_width", "own_config", "own_num_layers", "is_shared", "position_bias",
     "layers_require", "first_stays", "first_stays_if", "stacks", "per_layer", "num_kv_heads", "heads_divide_hidden",
-    "pad_token_is_fixed", "requires",
+    "pad_token_is_fixed", "requires", "hidden_size", "follows_hidden",
 }  # fmt: skip
 
 # One distribution may give several modules, and its name may differ from theirs.

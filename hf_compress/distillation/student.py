@@ -1,4 +1,4 @@
-"""A student that starts from some of its teacher's layers."""
+"""A student that starts from some of its teacher: fewer layers, and in them fewer channels, neurons and heads."""
 
 import copy
 import logging
@@ -6,10 +6,18 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from hf_compress.checkpoint.config import METHOD
-from hf_compress.checkpoint.widths import write_widths_
+from hf_compress.checkpoint.widths import cut_to_widths_, read_widths, write_widths_
 from hf_compress.distillation.config import LayerRule, StudentConfig
 from hf_compress.modeling.blocks import count_layers, find_stacks
+from hf_compress.modeling.narrow import (
+    hidden_width,
+    keep_strongest_heads_,
+    keep_strongest_neurons_,
+    narrow_hidden,
+    plan_heads,
+)
 from hf_compress.modeling.surgery import first_layer_stays, keep_layers_
+from hf_compress.modeling.tasks import unwrap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,30 +66,66 @@ def choose_layers(
 
 
 def make_student(teacher: "PreTrainedModel", config: StudentConfig) -> "PreTrainedModel":
-    """Copies a teacher with fewer layers: the chosen ones, embeddings, pooler and task head keep their weights.
+    """Copies a teacher with fewer layers, channels, neurons or heads; what stays, its head too, keeps its weights.
+
+    Layers are chosen first, then heads and neurons, then hidden channels, each by the size of its weights. The width
+    of a head never changes: part of a head would attend to other tokens than the head.
 
     Args:
         teacher (`PreTrainedModel`): A model of a known architecture; left untouched.
-        config (`StudentConfig`): How many layers to keep, and which.
+        config (`StudentConfig`): How many layers to keep and which, how wide, and whether with the teacher's weights.
 
     Returns:
         `PreTrainedModel`: A model of the teacher's class, all of it trainable. Its saved checkpoint is a stock one,
-        unless the teacher's is not: a student of an unevenly pruned teacher keeps the widths of its layers.
+        unless the teacher's is not, or only heads were cut and the stock config has no key for that.
 
     Raises:
-        ValueError: if the layers cannot be taken from this teacher, its architecture is unknown, or it is quantized.
+        ValueError: if the layers or sizes cannot be taken from this teacher, no stock config can express a hidden size
+            with the other sizes, its architecture is unknown, or it is quantized.
     """
+    _check_wrapper(teacher, config)
     _check_teacher(teacher, config)
-    student = copy.deepcopy(teacher).requires_grad_(True)
+    student = copy.deepcopy(teacher)
     for position, stack in enumerate(find_stacks(teacher)):
         number, layers = _choice(config, is_decoder=position > 0)
         total = count_layers(teacher, stack)
+        if number is None and isinstance(layers, str):
+            number = total
         chosen = choose_layers(total, number, layers, first_layer_stays(teacher, stack))
         keep_layers_(student, chosen, stack)
         logger.info("Student %s: layers %s of the teacher's %d.", stack, chosen, total)
-    if _compression(teacher) is not None:
+    student = _narrow(student, config)
+    if config.init == "random":
+        student = _redraw(student)
+    return student.requires_grad_(True)
+
+
+def _narrow(student: "PreTrainedModel", config: StudentConfig) -> "PreTrainedModel":
+    """A student cut to the widths asked for: itself, or a new model where the hidden size changes."""
+    hidden_size = None if config.hidden_size == hidden_width(student) else config.hidden_size
+    heads = plan_heads(student, hidden_size, config.num_heads)
+    for stack, number in heads.items():
+        keep_strongest_heads_(student, number, stack)
+    if config.intermediate_size is not None:
+        keep_strongest_neurons_(student, config.intermediate_size)
+    if hidden_size is not None:
+        student = narrow_hidden(student, hidden_size)
+    if _compression(student) is not None or heads or config.intermediate_size is not None:
         write_widths_(student)
+    for key, value in (("hidden size", hidden_size), ("heads", heads), ("neurons", config.intermediate_size)):
+        if value:
+            logger.info("Student %s: %s, those with the largest weights.", key, value)
     return student
+
+
+def _redraw(student: "PreTrainedModel") -> "PreTrainedModel":
+    """A model with the shapes of a student, and with weights drawn as its class draws them."""
+    fresh = type(student)(copy.deepcopy(student.config))
+    if _compression(student) is not None:
+        cut_to_widths_(fresh, read_widths(student))
+    if fresh.can_generate():
+        fresh.generation_config = copy.deepcopy(student.generation_config)
+    return fresh.to(student.device, student.dtype).train(student.training)
 
 
 def _compression(model: "PreTrainedModel") -> Any:
@@ -103,9 +147,17 @@ def _check_teacher(teacher: "PreTrainedModel", config: StudentConfig) -> None:
         )
 
 
+def _check_wrapper(teacher: "PreTrainedModel", config: StudentConfig) -> None:
+    if unwrap(teacher) is not teacher and (config.hidden_size is not None or config.init == "random"):
+        raise ValueError(
+            f"The teacher is wrapped in a {type(teacher).__name__}, but hidden_size={config.hidden_size} and "
+            f"init={config.init!r} need a new model of its class: give the model inside, with adapters merged."
+        )
+
+
 def _choice(config: StudentConfig, is_decoder: bool) -> tuple[int | None, LayerRule | Sequence[int]]:
     if not is_decoder:
         return config.num_layers, config.layers
-    if config.decoder_layers is not None:
+    if config.decoder_layers is not None and not isinstance(config.decoder_layers, str):
         return config.num_decoder_layers, config.decoder_layers
-    return config.num_decoder_layers or config.num_layers, config.layers
+    return config.num_decoder_layers or config.num_layers, config.decoder_layers or config.layers

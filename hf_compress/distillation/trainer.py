@@ -1,46 +1,65 @@
-"""A Trainer whose student also learns from a teacher."""
+"""A Trainer whose student also learns from one teacher or several."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer
-from transformers.trainer_pt_utils import nested_gather
 
 from hf_compress.distillation import losses
-from hf_compress.distillation.config import DistillationArguments
-from hf_compress.distillation.objective import TASKS, count_items, hard_loss, items_of, soft_loss
-from hf_compress.modeling.tasks import (
-    CLASSIFICATION,
-    forward_columns,
-    matching_columns,
-    problem_type,
-    shared_task,
-    unwrap,
+from hf_compress.distillation.arguments import DistillationArguments
+from hf_compress.distillation.cache import TeacherCache
+from hf_compress.distillation.cached_batches import CachedCollator, cache_prefix, check_caches
+from hf_compress.distillation.chunked import bypassed_head, check_head
+from hf_compress.distillation.curriculum import plan_stages
+from hf_compress.distillation.inner_terms import Masks, compute_term, hidden_width, make_projections
+from hf_compress.distillation.objective import (
+    LANGUAGE_MODELS,
+    Items,
+    attention_mask,
+    decoder_mask,
+    embed,
+    items_of,
+    step_counts,
 )
+from hf_compress.distillation.output_terms import KD, TASK, OutputSetting, chunked_values, output_values
+from hf_compress.distillation.signals import Signals
+from hf_compress.distillation.staged import StageMixin
+from hf_compress.distillation.teacher_check import check_data, check_teachers, look_at_teachers
+from hf_compress.distillation.teachers import Teacher, check_pair, own_columns
+from hf_compress.distillation.term_log import TermLog, gradient_shares
+from hf_compress.distillation.trained_projections import ProjectionMixin
+from hf_compress.modeling.blocks import find_stacks
+from hf_compress.modeling.tasks import CLASSIFICATION, forward_columns, problem_type, unwrap
 
 
-class DistillationTrainer(Trainer):
-    """`transformers.Trainer` with a teacher.
+class DistillationTrainer(StageMixin, ProjectionMixin, Trainer):
+    """`transformers.Trainer` with teachers.
 
     The loss is `alpha * T^2 * KL(teacher_T || student_T) + (1 - alpha) * task loss` (Hinton et al., 2015), with the
-    divergence that fits the task: softmax KL for single labels, tokens, answer spans and vocabularies, Bernoulli KL
-    for multi-label, squared error for regression. Every term is a sum over items divided by the number of items of
-    the whole optimizer step, so gradients do not depend on accumulation, processes or padding. The unweighted terms
-    are logged as `kd_loss` and `task_loss`. Evaluation does not run the teacher: `eval_loss` is the task's loss.
+    divergence that fits the task, and the terms inside the models that `args.terms` or `args.stages` ask for. Every
+    term is a sum over items divided by the number of items of the whole optimizer step, so gradients do not depend on
+    accumulation, processes or padding (but for the terms that compare the texts of a micro-batch with each other). The
+    unweighted terms are logged by name, `kd_loss` and `task_loss` first. Evaluation does not run the teacher:
+    `eval_loss` is the task's loss.
 
     Args:
         model (`PreTrainedModel`): The student.
-        args (`DistillationArguments`): Training arguments with `temperature` and `alpha`.
-        teacher (`PreTrainedModel`): A fine-tuned model of the same task and label names. It is moved to the training
-            device and put in eval mode; it never trains and is in no checkpoint.
+        args (`DistillationArguments`): Training arguments and what distillation adds to them.
+        teacher (`PreTrainedModel` or a sequence of them): Fine-tuned models of the same task and label names. They are
+            moved to the training device and put in eval mode; they never train and are in no checkpoint.
+        teacher_cache (`TeacherCache` or a sequence of them, *optional*): The teachers' answers, one cache per teacher.
+            The teachers are then never run, and stay where they are.
         *trainer_args, **trainer_kwargs: Forwarded to `transformers.Trainer`. A `compute_loss_func` takes the place of
             the task's loss.
 
     Raises:
-        TypeError: if `args` are no `DistillationArguments`, or the teacher is missing.
-        ValueError: if teacher and student differ in task, labels or vocabulary, or are the same object.
+        TypeError: if `args` are no `DistillationArguments`, or a teacher is no model.
+        ValueError: if teacher and student differ in task, labels or vocabulary, or are the same object; if no term
+            counts, or a term does not fit the models; if a cache is not of its teacher.
     """
 
     # compute_loss divides by the items of the whole step, so Trainer must not divide by the accumulation steps again.
@@ -51,44 +70,96 @@ class DistillationTrainer(Trainer):
         model: PreTrainedModel | nn.Module | None = None,
         args: DistillationArguments | None = None,
         *trainer_args: Any,
-        teacher: PreTrainedModel,
+        teacher: PreTrainedModel | Sequence[PreTrainedModel],
+        teacher_cache: TeacherCache | Sequence[TeacherCache] | None = None,
         **trainer_kwargs: Any,
     ) -> None:
         args = DistillationArguments(output_dir="tmp_trainer") if args is None else args
         if not isinstance(args, DistillationArguments):
             raise TypeError(
                 f"args is a {type(args).__name__}, which has no temperature and alpha: pass "
-                "hf_compress.DistillationArguments, which takes the same arguments and these two."
+                "hf_compress.DistillationArguments, which takes the same arguments and these."
             )
-        if not isinstance(teacher, nn.Module):
-            raise TypeError(f"teacher={teacher!r} is no model: pass a loaded model, e.g. from from_pretrained.")
+        models = check_teachers(teacher, args)
         super().__init__(model, args, *trainer_args, **trainer_kwargs)
-        self.task = _check_pair(self.model, teacher)
-        self.teacher = self._place_teacher(teacher)
-        columns = matching_columns(teacher, self.model)
-        self._label_order = None if columns is None else torch.tensor(columns, device=self.args.device)
+        self.task = [check_pair(self.model, one) for one in models][0]
+        caches = check_caches(teacher_cache, models, args)
+        check_data(self.train_dataset, models, self.model, self.processing_class)
+        self.teachers = [
+            Teacher(self._place_teacher(one, cache), self.model, self.label_names, cache, cache_prefix(number))
+            for number, (one, cache) in enumerate(zip(models, caches, strict=True))
+        ]
         self._student_inputs = forward_columns(self.model)
-        self._teacher_inputs = forward_columns(teacher) - set(self.label_names)
-        self._reset_terms()
+        self.stages = plan_stages(self.args, self.model, models)
+        self.projections = self._make_projections(models)
+        self._check_scale()
+        self._counts: dict[str, torch.Tensor] = {}
+        self._head_is_checked = False
+        self._log = TermLog()
 
-    def _place_teacher(self, teacher: PreTrainedModel) -> PreTrainedModel:
-        # A quantized or dispatched teacher sits where its loader put it, and `.to` would raise.
+    def _place_teacher(self, teacher: PreTrainedModel, cache: TeacherCache | None) -> PreTrainedModel:
+        # A quantized or dispatched teacher sits where its loader put it, and `.to` would raise; one whose answers are
+        # cached does not run.
         # accelerate's prepare_model is not used: it would list the teacher among the models to be saved, and patch
         # the forward of the user's model for mixed precision.
         placed = getattr(teacher, "hf_device_map", None) or getattr(teacher, "is_quantized", False)
-        return teacher.eval() if placed else teacher.to(self.accelerator.device).eval()
+        return teacher if placed or cache is not None else teacher.to(self.accelerator.device)
+
+    def _make_projections(self, models: list[PreTrainedModel]) -> nn.ModuleDict:
+        terms = [term for stage in self.stages for term in stage.terms]
+        projections = make_projections(terms, self.model, models)
+        if self.task == "feature-extraction":
+            ours, theirs = (hidden_width(one, list(find_stacks(one))[0]) for one in (self.model, models[0]))
+            if ours != theirs:
+                projections["output"] = nn.Linear(ours, theirs)
+        return projections.to(self.args.device)
+
+    def _check_scale(self) -> None:
+        if self.args.n_gpu > 1 and any(stage.terms for stage in self.stages):
+            raise ValueError(
+                f"One process on {self.args.n_gpu} devices copies the student in every step, so its hidden states "
+                "cannot be read: start with `accelerate launch`, one process per device, or leave the terms out."
+            )
+        checkpointing = self.args.activation_checkpointing_kwargs or {}
+        reads_inside = any(term.signal_kind == "qkv" for stage in self.stages for term in stage.terms)
+        if self.args.activation_checkpointing and checkpointing.get("use_reentrant") and reads_inside:
+            raise ValueError(
+                "activation_checkpointing_kwargs={'use_reentrant': True} runs each layer without a graph at first, so "
+                "its queries, keys and values would get no gradient: leave it out, or use terms on hidden states."
+            )
+        if self.projections and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                f"The terms need projections of widths ({', '.join(self.projections)}), which are no part of the "
+                "student and cannot be sharded with it: use terms that need none (relations, attention_kl, distance, "
+                "angle), a student of the teacher's width, or plain data-parallel training."
+            )
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        self._signature_columns += sorted(self._teacher_inputs - set(self._signature_columns))
+        columns = own_columns(self.teachers)
+        self._signature_columns += [name for name in columns if name not in self._signature_columns]
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches with the cached answers of the teachers; see `Trainer.get_train_dataloader`."""
+        caches = [teacher.cache for teacher in self.teachers if teacher.cache is not None]
+        if not caches:
+            return super().get_train_dataloader()
+        plain = self.data_collator
+        self.data_collator = CachedCollator(plain, caches)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = plain
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
         if not batch_samples:
             return None
-        num_items = sum(count_items(self.task, batch).to(device) for batch in batch_samples)
+        each = [step_counts(self.task, batch) for batch in batch_samples]
+        totals = torch.stack([sum(counts[name].to(device) for counts in each) for name in each[0]])
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            num_items = self.accelerator.gather(num_items).sum()
-        return num_items
+            totals = self.accelerator.gather(totals[None]).sum(0)
+        self._counts = dict(zip(each[0], totals.unbind(), strict=True))
+        return self._counts["items"]
 
     def compute_loss(
         self,
@@ -102,18 +173,52 @@ class DistillationTrainer(Trainer):
         if not model.training:
             # Without a count the stock loss is this batch's mean; with one, it would be scaled by the processes.
             return super().compute_loss(model, student_inputs, return_outputs, num_items_in_batch=None)
-        if num_items_in_batch is None:
-            num_items_in_batch = count_items(self.task, inputs)
-        unlabelled = {name: value for name, value in student_inputs.items() if name not in self.label_names}
-        outputs = model(**unlabelled, return_dict=True)
-        terms = self.compute_terms(outputs, inputs, num_items_in_batch)
+        counts = step_counts(self.task, inputs) if num_items_in_batch is None else self._counts
+        inputs = self._with_decoder_inputs(inputs)
+        self._enter_stage()
+        outputs = self._run_student(model, inputs)
+        terms = self.compute_terms(outputs, inputs, counts)
+        weights = self.term_weights()
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             # Data-parallel training averages gradients over processes, but the terms were divided by all their items.
             terms = {name: term * self.args.world_size for name, term in terms.items()}
-        self._note(terms)
-        weights = self.term_weights()
+        self._log.add(terms, counts["items"], self.accelerator.sync_gradients)
         loss = sum(weights[name] * term for name, term in terms.items())
+        if self.args.log_gradient_shares and self._logs_after_this():
+            parameters = [p for p in self.model.parameters() if p.requires_grad]
+            self._log.shares = gradient_shares(
+                {name: weights[name] * term for name, term in terms.items()}, parameters
+            )
+        if self.args.world_size > 1 and not {KD, TASK} & set(terms):
+            # Every process waits for the gradients of all parameters in the outputs' graph, the task head's too.
+            loss = loss + 0.0 * next(value for value in outputs.values() if isinstance(value, torch.Tensor)).sum()
         return (loss, outputs) if return_outputs else loss
+
+    def _with_decoder_inputs(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A batch from which both models decode the same tokens, though neither is given labels."""
+        if self.task != "seq2seq-lm" or "decoder_input_ids" in inputs or "labels" not in inputs:
+            return inputs
+        shifted = unwrap(self.model).prepare_decoder_input_ids_from_labels(labels=inputs["labels"])
+        return {**inputs, "decoder_input_ids": shifted}
+
+    def _run_student(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        unlabelled = {
+            name: value
+            for name, value in inputs.items()
+            if name in self._student_inputs and name not in self.label_names
+        }
+        if self._is_chunked and not self._head_is_checked:
+            for one in (self.model, *(teacher.model for teacher in self.teachers if teacher.cache is None)):
+                check_head(
+                    one, {name: value[:1] for name, value in unlabelled.items() if name in forward_columns(one)}
+                )
+            self._head_is_checked = True
+        with bypassed_head(self.model if self._is_chunked else None):
+            return model(**unlabelled, return_dict=True)
+
+    @property
+    def _is_chunked(self) -> bool:
+        return self.args.logits_chunk > 0 and self.task in LANGUAGE_MODELS
 
     def term_weights(self) -> dict[str, float]:
         """What each term of `compute_terms` counts in the loss. A subclass that adds terms adds their weights.
@@ -121,48 +226,112 @@ class DistillationTrainer(Trainer):
         Returns:
             `dict[str, float]`: Weights by the terms' names.
         """
-        return {"kd_loss": self.args.alpha, "task_loss": 1 - self.args.alpha}
+        index, progress = self._place()
+        return self.stages[index].weights(progress)
 
     def compute_terms(
-        self, outputs: Mapping[str, torch.Tensor], inputs: Mapping[str, torch.Tensor], num_items: torch.Tensor
+        self,
+        outputs: Mapping[str, torch.Tensor],
+        inputs: Mapping[str, torch.Tensor],
+        counts: Mapping[str, torch.Tensor],
     ) -> dict[str, torch.Tensor]:
         """The terms of the training loss, before they are weighted.
 
         Args:
             outputs (`Mapping`): Outputs of the student.
-            inputs (`Mapping`): The batch, with all columns that the student or the teacher takes, and the labels.
-            num_items (`torch.Tensor` of shape `()`): Items of the whole optimizer step.
+            inputs (`Mapping`): The batch, with all columns that the student or a teacher takes, and the labels.
+            counts (`Mapping`): Items of the whole optimizer step, by what is counted: `items`, `labelled`, `rows`,
+                `tokens`, each of shape `()`.
 
         Returns:
-            `dict[str, torch.Tensor]`: `kd_loss` and `task_loss`, each this batch's share of the step's mean; a term
-            of weight 0 is left out.
+            `dict[str, torch.Tensor]`: `kd_loss`, `task_loss` and the terms inside the models, each this batch's share
+            of the step's mean; a term of weight 0 is left out.
         """
-        student = items_of(self.task, outputs, inputs)
-        problem = self._problem_type(student.labels)
-        terms = {}
-        if self.args.alpha > 0:
-            teacher = items_of(self.task, self._run_teacher(inputs), inputs)
-            logits = teacher.logits
-            if self._label_order is not None:
-                logits = logits.index_select(-1, self._label_order)
-            per_item = soft_loss(problem, student, logits, self.args.temperature)
-            terms["kd_loss"] = losses.average(per_item, num_items, student.mask)
-        if self.args.alpha < 1:
-            terms["task_loss"] = self._task_loss(outputs, inputs, num_items, problem, student)
+        weights = DistillationTrainer.term_weights(self)
+        inner = [term for term in self.stage().terms if weights[term.name] > 0]
+        asked = {term.config.teacher for term in inner}
+        answers = [
+            self._ask(number, inputs) if weights[KD] > 0 or number in asked else {}
+            for number in range(len(self.teachers))
+        ]
+        terms = self._output_terms(outputs, inputs, counts, answers, weights)
+        own = self._probe.take() if self._probe is not None else {}
+        for term in inner:
+            masks = self._masks(term, inputs)
+            found = compute_term(term, own, answers[term.config.teacher], self.projections, masks)
+            if masks.student is None and found.unit == "tokens":
+                found = found._replace(unit="rows")
+            terms[term.name] = losses.average(_flat(found.values), counts[found.unit], _flat(found.mask))
         return terms
 
-    def _task_loss(self, outputs, inputs, num_items, problem, student) -> torch.Tensor:
-        if self.compute_loss_func is not None:
-            return self.compute_loss_func(outputs, inputs.get("labels"), num_items_in_batch=num_items)
-        if student.labels is None:
+    def _ask(self, number: int, inputs: Mapping[str, torch.Tensor]) -> Signals:
+        answers = self.teachers[number].ask(inputs, self.accelerator.autocast(), self._is_chunked)
+        self._log.check_finite(answers)
+        return answers
+
+    def _output_terms(self, outputs, inputs, counts, answers, weights) -> dict[str, torch.Tensor]:
+        has_own_loss = self.compute_loss_func is not None
+        if not weights[KD] > 0 and not weights[TASK] > 0:
+            return {}
+        student = items_of(self.task, outputs, inputs, self.args.pooling)
+        setting = self._setting(student, weights, has_own_loss)
+        if setting.has_labels and student.labels is None:
             raise ValueError(
-                f"alpha={self.args.alpha} gives the task's loss the weight {1 - self.args.alpha:g}, but the batch has "
-                f"no labels, only {sorted(inputs)}: pass alpha=1 to learn from the teacher alone, or add the labels."
+                f"The task's loss has the weight {weights[TASK]:g} (1 - alpha), but the batch has no labels, only "
+                f"{sorted(inputs)}: pass alpha=1 to learn from the teacher alone, or add the labels."
             )
-        per_item = hard_loss(problem, student, self.args.label_smoothing_factor)
-        return losses.average(per_item, num_items, student.mask)
+        targets = []
+        if setting.imitates:
+            targets = [
+                teacher.targets(answer, inputs, self.args.pooling, self._is_chunked and "top_indices" not in answer)
+                for teacher, answer in zip(self.teachers, answers, strict=True)
+            ]
+        shared = [teacher.n_shared for teacher in self.teachers if teacher.n_shared is not None]
+        n_shared = min(shared, default=None)
+        if self._is_chunked:
+            head = unwrap(self.model).get_output_embeddings()
+            chunk = self.args.logits_chunk
+            values = chunked_values(student, head, targets, self.teachers, setting, chunk, n_shared)
+        else:
+            if "output" in self.projections:
+                student = student._replace(logits=self.projections["output"](student.logits))
+            values = output_values(student, targets, setting, n_shared)
+        terms = {}
+        if KD in values:
+            terms[KD] = losses.average(values[KD], counts["items"], student.mask)
+        if TASK in values:
+            terms[TASK] = losses.average(values[TASK], counts["labelled"], student.label_mask)
+        if has_own_loss and weights[TASK] > 0:
+            terms[TASK] = self.compute_loss_func(outputs, inputs.get("labels"), num_items_in_batch=counts["labelled"])
+        return terms
+
+    def _setting(self, student: Items, weights: Mapping[str, float], has_own_loss: bool) -> OutputSetting:
+        index, progress = self._place()
+        stage = self.stages[index]
+        mix = self.args.teacher_weights
+        return OutputSetting(
+            problem=self._problem_type(student.labels),
+            temperature=stage.temperature(progress),
+            divergence=stage.divergence,
+            beta=self.args.jensen_shannon_beta,
+            label_smoothing=self.args.label_smoothing_factor,
+            mixture=self.args.teacher_mixture,
+            weights=None if mix is None else tuple(mix),
+            imitates=weights[KD] > 0,
+            has_labels=weights[TASK] > 0 and not has_own_loss,
+        )
+
+    def _masks(self, term, inputs: Mapping[str, torch.Tensor]) -> Masks:
+        if "pixel_values" in inputs:
+            return Masks(None, None)
+        if self.task == "seq2seq-lm" and term.stack == "decoder":
+            mask = decoder_mask(inputs)
+            return Masks(mask, mask, "decoder_tokens")
+        return Masks(attention_mask(inputs), self.teachers[term.config.teacher].mask(inputs))
 
     def _problem_type(self, labels: torch.Tensor | None) -> str:
+        if self.task == "feature-extraction":
+            return "embedding"
         if self.task not in CLASSIFICATION:
             return "single_label_classification"
         config = unwrap(self.model).config
@@ -172,70 +341,59 @@ class DistillationTrainer(Trainer):
             config.problem_type = kind
         return kind
 
-    @torch.no_grad()
-    def _run_teacher(self, inputs: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        self.teacher.eval()
-        teacher_inputs = {name: value for name, value in inputs.items() if name in self._teacher_inputs}
-        if "use_cache" in self._teacher_inputs:
-            teacher_inputs["use_cache"] = False
-        with self.accelerator.autocast():
-            return self.teacher(**teacher_inputs, return_dict=True)
-
     def prediction_step(self, model: nn.Module, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any):
-        """Predicts with the student's own columns; see `Trainer.prediction_step`."""
-        inputs = {name: value for name, value in inputs.items() if name in self._student_inputs}
-        return super().prediction_step(model, inputs, *args, **kwargs)
+        """Predicts with the student's own columns; embeddings where it has no head. See `Trainer.prediction_step`."""
+        if self.task != "feature-extraction":
+            inputs = {name: value for name, value in inputs.items() if name in self._student_inputs}
+            return super().prediction_step(model, inputs, *args, **kwargs)
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            known = {name: value for name, value in inputs.items() if name in self._student_inputs}
+            hidden = model(**known, return_dict=True)["last_hidden_state"]
+        embedding = embed(hidden, attention_mask(inputs), self.args.pooling)
+        return None, embedding.float(), inputs.get("labels")
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any):
         # Also the start of another attempt when Trainer looks for a batch size that fits.
-        self._reset_terms()
-        return super()._inner_training_loop(*args, **kwargs)
+        self._log.reset()
+        self._look_at_teachers()
+        try:
+            return super()._inner_training_loop(*args, **kwargs)
+        finally:
+            self._leave_stages()
+            self._lengths = None
 
-    def _reset_terms(self) -> None:
-        self._term_sums: dict[str, torch.Tensor] = {}
-        self._summed_steps = 0
+    def _look_at_teachers(self) -> None:
+        dataset = self.eval_dataset if isinstance(self.eval_dataset, Dataset) else self.train_dataset
+        n_rows = min(self.args.teacher_check_rows, len(dataset) if isinstance(dataset, Dataset) else 0)
+        if not n_rows or not any(stage.needs_teacher for stage in self.stages):
+            return
+        # Spread over the data, since these may be sorted by label.
+        rows = dataset.select([number * len(dataset) // n_rows for number in range(n_rows)])
+        collate = self._get_collator_with_removed_columns(self.data_collator, description="teacher check")
+        caches = [teacher.cache for teacher in self.teachers if teacher.cache is not None]
+        if caches and dataset is not self.train_dataset:
+            return
+        names = ["The teacher"] if len(self.teachers) == 1 else [f"Teacher {n}" for n in range(len(self.teachers))]
+        look_at_teachers(
+            self.teachers,
+            [rows[number] for number in range(n_rows)],
+            CachedCollator(collate, caches) if caches else collate,
+            self.args.device,
+            self.accelerator.autocast,
+            names,
+        )
 
-    def _note(self, terms: dict[str, torch.Tensor]) -> None:
-        for name, term in terms.items():
-            self._term_sums[name] = self._term_sums.get(name, 0) + term.detach()
-        self._summed_steps += self.accelerator.sync_gradients
+    def _logs_after_this(self) -> bool:
+        steps = self.state.logging_steps or 0
+        return steps > 0 and self.accelerator.sync_gradients and (self.state.global_step + 1) % steps == 0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Logs with the mean of every loss term since the last time; see `Trainer.log`."""
-        if "loss" in logs and self._summed_steps:
-            for name, total in self._term_sums.items():
-                mean = nested_gather(total, self.args.parallel_mode).mean().item() / self._summed_steps
-                logs[name] = mean
-            self._reset_terms()
+        if "loss" in logs:
+            logs.update(self._log.read(self.args.parallel_mode))
         super().log(logs, start_time)
 
 
-def _check_pair(student: nn.Module, teacher: nn.Module) -> str:
-    if unwrap(student) is unwrap(teacher):
-        raise ValueError(
-            "model and teacher are the same object, so the teacher would change with the student: "
-            "pass copy.deepcopy(model) as the teacher."
-        )
-    task = shared_task(teacher, student)
-    if task not in TASKS:
-        raise ValueError(f"DistillationTrainer does not know the task {task} yet; it knows {', '.join(TASKS)}.")
-    config, teacher_config = unwrap(student).config, unwrap(teacher).config
-    if "input_ids" in forward_columns(student) and config.vocab_size != teacher_config.vocab_size:
-        raise ValueError(
-            f"The teacher has {teacher_config.vocab_size} tokens, the student {config.vocab_size}, so they cannot "
-            "read the same input_ids. Make the student with make_student; or, if both use one tokenizer and only the "
-            f"padding of the vocabulary differs, call teacher.resize_token_embeddings({config.vocab_size})."
-        )
-    if task in CLASSIFICATION:
-        _settle_problem_type_(config, teacher_config)
-    return task
-
-
-def _settle_problem_type_(config: Any, teacher_config: Any) -> None:
-    kinds = {config.problem_type, teacher_config.problem_type} - {None}
-    if len(kinds) > 1:
-        raise ValueError(
-            f"The teacher's config says problem_type={teacher_config.problem_type!r}, the student's "
-            f"{config.problem_type!r}: set both to what the labels are."
-        )
-    config.problem_type = next(iter(kinds), None)
+def _flat(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.flatten()

@@ -185,6 +185,9 @@ def _layers_of(block: Block) -> range:
 
 def _follow(block: Block, hooks: ExitStack) -> Callable[[], int]:
     """Keep track of the layer as which a block is running, and return a function that tells it."""
+    if block.repeats == 1:
+        # Counting would make torch.compile compile every pass anew.
+        return lambda: block.index
     runs = 0
 
     def count(*_: Any) -> None:

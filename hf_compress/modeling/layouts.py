@@ -15,6 +15,7 @@ _BERT_ATTENTION = AttentionLayout(
     attributes="self",
     head_count=("num_attention_heads",),
     all_heads_width=("all_head_size",),
+    has_plain_scores=True,
 )
 _BERT_STACK = StackLayout(
     blocks="encoder.layer",
@@ -48,6 +49,7 @@ _ELECTRA = replace(
         "sequence_summary",
     ),
     token_rows=("generator_lm_head.weight", "generator_lm_head.bias"),
+    follows_hidden=("embedding_size",),
 )
 _MPNET = replace(
     _ROBERTA,
@@ -60,6 +62,7 @@ _MPNET = replace(
                     inputs=("attn.q", "attn.k", "attn.v"),
                     output="attn.o",
                     attributes="attn",
+                    has_plain_scores=False,
                 ),
             ),
             position_bias=PositionBias(
@@ -78,6 +81,7 @@ _DEBERTA_V2 = replace(
                     _BERT_ATTENTION,
                     inputs=("self.query_proj", "self.key_proj", "self.value_proj"),
                     extra_inputs=("self.pos_key_proj", "self.pos_query_proj"),
+                    has_plain_scores=False,
                 ),
             ),
             first_stays="its convolution belongs to the first block",
@@ -87,6 +91,7 @@ _DEBERTA_V2 = replace(
     position_embeddings=("embeddings.position_embeddings", "encoder.rel_embeddings"),
     heads=("classifier", "cls", "lm_predictions", "pooler", "qa_outputs"),
     token_rows=(*_BERT.token_rows, "lm_predictions.lm_head.bias"),
+    follows_hidden=("embedding_size", "pooler_hidden_size"),
 )
 _ALBERT = replace(
     _BERT,
@@ -117,6 +122,7 @@ _DISTILBERT = Layout(
                     output="out_lin",
                     head_dim="attention_head_size",
                     head_count=("n_heads",),
+                    has_plain_scores=True,
                 ),
             ),
             ffn=FFNLayout(module="ffn", inputs=("lin1",), output="lin2"),
@@ -129,6 +135,7 @@ _DISTILBERT = Layout(
     position_embeddings=("embeddings.position_embeddings",),
     heads=("classifier", "pre_classifier", "qa_outputs", "vocab_layer_norm", "vocab_projector", "vocab_transform"),
     token_rows=("vocab_projector.weight", "vocab_projector.bias"),
+    hidden_size="dim",
 )
 _MODERNBERT = Layout(
     stacks={
@@ -155,6 +162,7 @@ _VIT = Layout(
                     output="o_proj",
                     head_dim="head_dim",
                     head_count=("num_attention_heads",),
+                    has_plain_scores=True,
                 ),
             ),
             ffn=FFNLayout(module="mlp", inputs=("fc1",), output="fc2"),
@@ -163,6 +171,7 @@ _VIT = Layout(
     token_embeddings=(),
     position_embeddings=("embeddings.position_embeddings",),
     heads=("classifier", "decoder"),
+    follows_hidden=("pooler_output_size",),
     head_dim="head_dim",
 )
 _GPT2 = Layout(
@@ -177,6 +186,7 @@ _GPT2 = Layout(
                     head_dim="head_dim",
                     head_count=("num_heads",),
                     all_heads_width=("split_size",),
+                    has_plain_scores=True,
                 ),
             ),
             ffn=FFNLayout(module="mlp", inputs=("c_fc",), output="c_proj"),
@@ -194,6 +204,7 @@ _GPT2 = Layout(
     position_embeddings=("wpe",),
     heads=("classifier", "lm_head", "multiple_choice_head", "qa_outputs", "score"),
     token_rows=("lm_head.weight",),
+    hidden_size="n_embd",
     requires=(Requirement("add_cross_attention", False, "cross-attention that fuses k and v alone is not supported"),),
 )
 _QWEN2 = Layout(
@@ -270,6 +281,7 @@ _T5 = Layout(
     token_embeddings=("shared", "encoder.embed_tokens", "decoder.embed_tokens"),
     heads=("classification_head", "classifier", "lm_head", "qa_outputs"),
     token_rows=("lm_head.weight",),
+    hidden_size="d_model",
     head_dim="d_kv",
 )
 _BART_ATTENTION = AttentionLayout(
@@ -278,6 +290,7 @@ _BART_ATTENTION = AttentionLayout(
     output="out_proj",
     head_dim="head_dim",
     head_count=("num_heads",),
+    has_plain_scores=True,
 )
 _BART_ENCODER = StackLayout(
     blocks="encoder.layers",
@@ -304,6 +317,7 @@ _BART = Layout(
     heads=("classification_head", "lm_head", "qa_outputs"),
     token_rows=("lm_head.weight",),
     token_columns=("final_logits_bias",),
+    hidden_size="d_model",
 )
 
 LAYOUTS: dict[str, Layout] = {

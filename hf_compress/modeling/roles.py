@@ -33,6 +33,8 @@ class AttentionLayout:
     """Attributes with heads x head width, set after a cut."""
     kv_group_size: str | None = None
     """Attribute with the number of heads per key-value head, where there may be more than one."""
+    has_plain_scores: bool = False
+    """Whether scores are q times k over the root of the head's width, with nothing rotated, normed or added later."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,10 @@ class Layout:
     """Tensors of task heads with one row per token."""
     token_columns: tuple[str, ...] = ()
     """Tensors of task heads with one column per token."""
+    hidden_size: str = "hidden_size"
+    """Config key with the width of the residual stream."""
+    follows_hidden: tuple[str, ...] = ()
+    """Config keys that stay equal to the hidden size where they are equal to it."""
     per_layer: tuple[str, ...] = ()
     """Config keys with a list of one entry per block."""
     num_kv_heads: str | None = None

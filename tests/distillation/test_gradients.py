@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file
 
 from tests.distillation import tiny
-from tests.distillation.tiny import TASKS, make_trainer, relative_difference, step_gradients, tiny_model, tiny_rows
+from tests.distillation.tiny import ALL_TASKS, TASKS, make_trainer, relative_difference, step_gradients, tiny_model, tiny_rows
 
 TOLERANCE = 1e-5
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", ALL_TASKS)
 def test_accumulation_changes_no_gradient(task, tmp_path):
     whole = step_gradients(task, tmp_path, batch_size=8, accumulation=1)
     for batch_size, accumulation in ((1, 8), (2, 4), (4, 2)):
@@ -23,7 +23,7 @@ def test_accumulation_changes_no_gradient(task, tmp_path):
         assert relative_difference(whole, parts) <= TOLERANCE
 
 
-@pytest.mark.parametrize(("task", "side"), [*((task, "right") for task in TASKS), ("causal-lm", "left")])
+@pytest.mark.parametrize(("task", "side"), [*((task, "right") for task in ALL_TASKS), ("causal-lm", "left")])
 def test_padding_changes_no_gradient(task, side, tmp_path, monkeypatch):
     monkeypatch.setattr(tiny, "PADDING_SIDE", side)
     short = step_gradients(task, tmp_path, batch_size=8, accumulation=1)
@@ -46,7 +46,7 @@ def test_without_a_teacher_it_is_the_gradient_of_the_models_own_loss(task, tmp_p
     assert relative_difference(expected, recorder.gradients) <= TOLERANCE
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", ALL_TASKS)
 def test_equal_models_teach_each_other_nothing(task, tmp_path):
     student, teacher = tiny_model(task, seed=3), tiny_model(task, seed=3)
     recorder = tiny.GradientRecorder()

@@ -1,4 +1,5 @@
 import copy
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ from transformers import (
 
 from hf_compress import DistillationArguments, DistillationTrainer
 from hf_compress.distillation import losses
+from hf_compress.distillation.teachers import Teacher
+from hf_compress.distillation.term_log import TermLog
 from tests.distillation import tiny
 from tests.distillation.tiny import NO_DROPOUT, TASKS, make_trainer, tiny_model, tiny_rows
 
@@ -75,24 +78,24 @@ def test_steps_without_logging_never_wait_for_the_device(tmp_path, monkeypatch):
             inside.pop()
 
     monkeypatch.setattr(DistillationTrainer, "compute_terms", compute_terms)
-    note = DistillationTrainer._note
+    note = TermLog.add
 
     def watched_note(self, *args):
         inside.append(True)
         note(self, *args)
         inside.pop()
 
-    monkeypatch.setattr(DistillationTrainer, "_note", watched_note)
+    monkeypatch.setattr(TermLog, "add", watched_note)
     # The teacher's and the student's own code is not ours to watch.
-    run_teacher = DistillationTrainer._run_teacher
+    ask = Teacher.ask
 
-    def unwatched(self, inputs):
+    def unwatched(self, *args):
         inside.clear()
-        outputs = run_teacher(self, inputs)
+        outputs = ask(self, *args)
         inside.append(True)
         return outputs
 
-    monkeypatch.setattr(DistillationTrainer, "_run_teacher", unwatched)
+    monkeypatch.setattr(Teacher, "ask", unwatched)
     trainer.train()
     assert waits == []
 
@@ -103,7 +106,7 @@ def test_the_teacher_stays_as_it_was(tmp_path):
     trainer = make_trainer("single-label", tmp_path, teacher, max_steps=3, save_strategy="steps", save_steps=3)
     teacher.train()
     batch = tiny.PadCollator()(tiny_rows("single-label"))
-    first, second = (trainer._run_teacher(batch)["logits"] for _ in range(2))
+    first, second = (trainer.teachers[0].ask(batch, nullcontext())["logits"] for _ in range(2))
     assert torch.equal(first, second)
     assert not first.requires_grad
     trainer.train()
@@ -119,7 +122,7 @@ def test_the_teacher_stays_as_it_was(tmp_path):
 
 def test_evaluation_does_not_run_the_teacher(tmp_path, monkeypatch):
     trainer = make_trainer("single-label", tmp_path)
-    monkeypatch.setattr(trainer.teacher, "forward", lambda **_: pytest.fail("the teacher ran"))
+    monkeypatch.setattr(trainer.teachers[0].model, "forward", lambda **_: pytest.fail("the teacher ran"))
     assert "eval_loss" in trainer.evaluate()
 
 
@@ -283,7 +286,7 @@ def test_impossible_pairs_raise(tmp_path):
         make_trainer("single-label", tmp_path, student, student)
     with pytest.raises(ValueError, match="for token-classification, the other .* for sequence-classification"):
         make_trainer("single-label", tmp_path, tiny_model("token-classification"), student)
-    with pytest.raises(ValueError, match=r"has 60 tokens, the student 50.*resize_token_embeddings\(50\)"):
+    with pytest.raises(ValueError, match=r"has 60 tokens, the student 50, and no processing_class"):
         make_trainer("masked-lm", tmp_path, tiny_model("masked-lm", vocab_size=60))
     with pytest.raises(ValueError, match="has 60 tokens, the student 50"):
         make_trainer("single-label", tmp_path, tiny_model("single-label", vocab_size=60))
@@ -358,13 +361,13 @@ def test_a_further_term_needs_only_its_weight(tmp_path):
         def term_weights(self):
             return {**super().term_weights(), "norm": 0.5}
 
-        def compute_terms(self, outputs, inputs, num_items):
-            terms = super().compute_terms(outputs, inputs, num_items)
-            return {**terms, "norm": outputs["logits"].square().sum() / num_items}
+        def compute_terms(self, outputs, inputs, counts):
+            terms = super().compute_terms(outputs, inputs, counts)
+            return {**terms, "norm": outputs["logits"].square().sum() / counts["items"]}
 
     plain = make_trainer("single-label", tmp_path)
     trainer = WithNorm(
-        plain.model, plain.args, teacher=plain.teacher, train_dataset=plain.train_dataset,
+        plain.model, plain.args, teacher=plain.teachers[0].model, train_dataset=plain.train_dataset,
         data_collator=plain.data_collator,
     )  # fmt: skip
     log = train_log(trainer)
@@ -374,7 +377,7 @@ def test_a_further_term_needs_only_its_weight(tmp_path):
 def test_a_second_training_logs_its_own_terms_only(tmp_path):
     trainer = make_trainer("single-label", tmp_path, max_steps=3, logging_steps=2)
     trainer.train()
-    assert trainer._summed_steps == 1
+    assert trainer._log.n_steps == 1
     student = copy.deepcopy(trainer.model)
     again = train_log(make_trainer("single-label", tmp_path, max_steps=3, logging_steps=2, student=student))
     trainer.train()

@@ -8,9 +8,12 @@ from transformers import (
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
+    BertModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
     TrainerCallback,
     set_seed,
 )
@@ -40,7 +43,10 @@ TASKS = (
     "question-answering",
     "masked-lm",
     "causal-lm",
+    "seq2seq",
 )
+# Embeddings have no labels: their teacher is all they learn from.
+ALL_TASKS = (*TASKS, "embeddings")
 
 _CLASSES = {
     "single-label": (BertForSequenceClassification, {"num_labels": 3}),
@@ -52,6 +58,7 @@ _CLASSES = {
     "token-classification": (BertForTokenClassification, {"num_labels": 5}),
     "question-answering": (BertForQuestionAnswering, {}),
     "masked-lm": (BertForMaskedLM, {}),
+    "embeddings": (BertModel, {}),
 }
 
 
@@ -59,6 +66,10 @@ def tiny_model(task: str, layers: int = 2, seed: int = 0, **config) -> PreTraine
     set_seed(seed)
     if task == "causal-lm":
         return LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, **{"num_key_value_heads": 1, **SHAPE, **config}))
+    if task == "seq2seq":
+        shape = {"d_model": 16, "d_kv": 8, "num_heads": 2, "d_ff": 24, "vocab_size": VOCABULARY, "dropout_rate": 0.0}
+        ids = {"pad_token_id": 0, "decoder_start_token_id": 0, "initializer_factor": 0.3}
+        return T5ForConditionalGeneration(T5Config(num_layers=layers, **{**shape, **ids, **config}))
     model_class, extra = _CLASSES[task]
     return model_class(BertConfig(num_hidden_layers=layers, **{**SHAPE, **NO_DROPOUT, **extra, **config}))
 
@@ -83,7 +94,9 @@ def tiny_rows(task: str) -> list[dict]:
             # The last row's answer was cut off: its positions lie outside the text.
             inside = 1000 if n == 7 else length - 1
             row["start_positions"], row["end_positions"] = min(1, inside) if n != 7 else 1000, inside
-        else:
+        elif task == "seq2seq":
+            row["labels"] = integers(VOCABULARY, (14 - length,), 1)
+        elif task != "embeddings":
             classes = 5 if task == "token-classification" else VOCABULARY
             labels = integers(classes, (length,))
             row["labels"] = [x if (i + n) % 3 else -100 for i, x in enumerate(labels)]
@@ -97,11 +110,11 @@ class PadCollator:
     padding = {"input_ids": 0, "attention_mask": 0, "token_type_ids": 0, "labels": -100}
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        length = max(MINIMAL_LENGTH, *(len(row.get("input_ids", [])) for row in rows))
         batch = {}
         for name in rows[0]:
             values = [row[name] for row in rows]
             if name in self.padding and self.per_token(rows, name):
+                length = max(MINIMAL_LENGTH, max(map(len, values)))
                 values = [self.pad(value, name, length) for value in values]
             batch[name] = torch.tensor(values)
         return batch
@@ -131,7 +144,7 @@ class GradientRecorder(TrainerCallback):
         }
 
 
-def make_trainer(task: str, folder, teacher=None, student=None, rows=None, callbacks=None, **arguments):
+def make_trainer(task: str, folder, teacher=None, student=None, rows=None, callbacks=None, cache=None, **arguments):
     rows = tiny_rows(task) if rows is None else rows
     defaults = {
         "output_dir": str(folder),
@@ -143,6 +156,8 @@ def make_trainer(task: str, folder, teacher=None, student=None, rows=None, callb
         "max_steps": 1,
         "logging_steps": 1,
         "train_sampling_strategy": "sequential",
+        "teacher_check_rows": 0,
+        "alpha": 1.0 if task == "embeddings" else 0.9,
     }
     return DistillationTrainer(
         model=student if student is not None else tiny_model(task, layers=1, seed=1),
@@ -152,6 +167,7 @@ def make_trainer(task: str, folder, teacher=None, student=None, rows=None, callb
         eval_dataset=Dataset.from_list(rows),
         data_collator=PadCollator(),
         callbacks=callbacks,
+        teacher_cache=cache,
     )
 
 

@@ -1,0 +1,65 @@
+"""What names an example and a teacher in a cache: hashes of what is in them, never of where they stand."""
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from hf_compress.modeling.tasks import unwrap
+
+KEY_BYTES = 16
+# What a config says of the software that saved it, and of how attention is computed, does not change the answers.
+_UNIMPORTANT = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
+
+
+def example_keys(columns: Mapping[str, torch.Tensor], masks: Mapping[str, torch.Tensor]) -> list[bytes]:
+    """One hash per row of a batch, over the names and the unpadded values of its columns.
+
+    Args:
+        columns (`Mapping`): Tensors of shape (batch, ...) on the CPU, by name: all that decides a teacher's answer.
+        masks (`Mapping`): By the name of a column, which of its values are real, of shape (batch, length); a column
+            without one counts whole.
+
+    Returns:
+        `list[bytes]`: 128 bits per row. The same example has the same hash whatever it is padded to, on either side.
+    """
+    parts = []
+    for name in sorted(columns):
+        tensor = columns[name].contiguous()
+        header = f"{name}:{tensor.dtype}:".encode()
+        values = tensor.numpy()
+        if name in masks:
+            real = masks[name].numpy()
+            rows = [row[keep].tobytes() for row, keep in zip(values, real, strict=True)]
+        else:
+            rows = [row.tobytes() for row in values]
+        parts.append((header, rows))
+    n_rows = len(parts[0][1])
+    keys = []
+    for number in range(n_rows):
+        digest = hashlib.blake2b(digest_size=KEY_BYTES)
+        for header, rows in parts:
+            # With its length, so that no two rows of columns can run into each other.
+            digest.update(header + len(rows[number]).to_bytes(8, "little") + rows[number])
+        keys.append(digest.digest())
+    return keys
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash of a teacher: of its class, its config and every bit of its weights.
+
+    Args:
+        model (`nn.Module`): A Transformers model, on any device.
+
+    Returns:
+        `str`: 32 hexadecimal digits.
+    """
+    model = unwrap(model)
+    config = {name: value for name, value in model.config.to_dict().items() if name not in _UNIMPORTANT}
+    digest = hashlib.blake2b(digest_size=KEY_BYTES)
+    digest.update(f"{type(model).__name__}:{sorted(config.items(), key=lambda item: item[0])}".encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,53 @@
+"""Where a training stands in its stages, and the hooks that the current one needs."""
+
+from typing import Any
+
+from hf_compress.distillation.curriculum import Stage, locate, stage_lengths
+from hf_compress.distillation.signals import Probe
+from hf_compress.distillation.teachers import Teacher
+
+
+class StageMixin:
+    """What a `Trainer` does with `self.stages`, whose terms read signals of the student and of `self.teachers`."""
+
+    stages: list[Stage]
+    teachers: list[Teacher]
+    _lengths: list[int] | None = None
+    _watched: int | None = None
+    _probe: Probe | None = None
+
+    def stage(self) -> Stage:
+        """The stage of the training that the next step belongs to."""
+        return self.stages[self._place()[0]]
+
+    def _place(self) -> tuple[int, float]:
+        if self._lengths is None:
+            return 0, 0.0
+        return locate(self._lengths, self.state.global_step)
+
+    def _enter_stage(self) -> None:
+        """Hangs the hooks of the current stage, where another one's hang."""
+        index = self._place()[0]
+        if self._watched == index:
+            return
+        self._leave_stages()
+        terms = self.stages[index].terms
+        for number, teacher in enumerate(self.teachers):
+            own = [term for term in terms if term.config.teacher == number]
+            teacher.watch({name for term in own for name in term.teacher_signals()})
+        names = {name for term in terms for name in term.student_signals()}
+        self._probe = Probe(self.model, names) if names else None
+        self._watched = index
+
+    def _leave_stages(self) -> None:
+        for teacher in self.teachers:
+            teacher.close()
+        if self._probe is not None:
+            self._probe.close()
+        self._probe, self._watched = None, None
+
+    def set_initial_training_values(self, *args: Any, **kwargs: Any):
+        """Also settles which steps each stage lasts; see `Trainer.set_initial_training_values`."""
+        values = super().set_initial_training_values(*args, **kwargs)
+        self._lengths = stage_lengths(self.stages, max_steps=values[-1], steps_per_epoch=values[1])
+        return values

@@ -1,0 +1,281 @@
+"""One teacher beside its student: what it is fed, what it says, and how that is brought into the student's order."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from hf_compress.distillation.cache import TeacherCache
+from hf_compress.distillation.chunked import bypassed_head
+from hf_compress.distillation.objective import LANGUAGE_MODELS, OWN, TASKS, attention_mask, items_of, teacher_inputs
+from hf_compress.distillation.signals import Probe, Signals
+from hf_compress.distillation.tokenizers import gather_positions
+from hf_compress.modeling.tasks import (
+    CLASSIFICATION,
+    forward_columns,
+    matching_columns,
+    shared_task,
+    unwrap,
+)
+
+_POSITIONS = "teacher_positions"
+
+
+class Targets(NamedTuple):
+    """What a teacher says of the items of a batch.
+
+    Attributes:
+        logits (`torch.Tensor` or `None`): Shape (items, classes), in the student's order of labels; or what enters
+            the output layer, where `head` is set.
+        indices (`torch.Tensor` or `None`): Shape (items, k): the likeliest classes, where only these are known.
+        log_probs (`torch.Tensor` or `None`): Shape (items, k): their log-probabilities.
+        head (`nn.Module` or `None`): The output layer that turns `logits` into logits, chunk by chunk.
+    """
+
+    logits: torch.Tensor | None
+    indices: torch.Tensor | None = None
+    log_probs: torch.Tensor | None = None
+    head: nn.Module | None = None
+
+
+class Teacher:
+    """A teacher that is asked online, or whose answers are cached.
+
+    Args:
+        model (`nn.Module`): The teacher, in its place already.
+        student (`nn.Module`): The student.
+        label_names (iterable of `str`): Columns that are labels.
+        cache (`TeacherCache`, *optional*): Its answers. The model is then never run.
+        prefix (`str`, *optional*, defaults to `"cached_"`): Of the columns that the cache adds to a batch.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        student: nn.Module,
+        label_names: Iterable[str],
+        cache: TeacherCache | None = None,
+        prefix: str = "cached_",
+    ) -> None:
+        self.model = model.eval()
+        self.task = shared_task(model, student)
+        self.cache = cache
+        self.prefix = prefix
+        self.columns = forward_columns(model) - set(label_names)
+        self.label_order = matching_columns(model, student)
+        self.n_shared = shared_vocabulary(self.task, model, student)
+        self._probe: Probe | None = None
+
+    def watch(self, names: Iterable[str]) -> None:
+        """Reads these signals in every forward pass from now on, instead of those before.
+
+        Args:
+            names (iterable of `str`): Names of signals.
+
+        Raises:
+            ValueError: if the answers are cached and one of them is not.
+        """
+        names = sorted(names)
+        if self.cache is not None:
+            missing = [name for name in names if name not in self.cache.signals]
+            if missing:
+                raise ValueError(
+                    f"The terms need {missing} of the teacher, but its cache holds {list(self.cache.signals)}: build "
+                    "a cache with these signals, or leave it out (queries, keys and values are never cached)."
+                )
+            return
+        self.close()
+        self._probe = Probe(self.model, names) if names else None
+
+    def close(self) -> None:
+        """Takes the hooks off the model."""
+        if self._probe is not None:
+            self._probe.close()
+            self._probe = None
+
+    @torch.no_grad()
+    def ask(
+        self, batch: Mapping[str, torch.Tensor], autocast: AbstractContextManager, is_chunked: bool = False
+    ) -> Signals:
+        """What the teacher says of a batch.
+
+        Args:
+            batch (`Mapping`): The batch, with the cached columns where the answers are cached.
+            autocast (context manager): Under which it runs.
+            is_chunked (`bool`, *optional*): Whether to stop before the output layer.
+
+        Returns:
+            `Signals`: Its outputs and the watched signals, by name.
+        """
+        if self.cache is not None:
+            return {
+                name.removeprefix(self.prefix): value for name, value in batch.items() if name.startswith(self.prefix)
+            }
+        self.model.eval()
+        inputs = teacher_inputs(batch, self.columns)
+        if "use_cache" in self.columns:
+            inputs["use_cache"] = False
+        with autocast, bypassed_head(self.model if is_chunked else None):
+            signals = dict(self.model(**inputs, return_dict=True))
+        if self._probe is not None:
+            signals |= self._probe.take()
+        return signals
+
+    def targets(
+        self, signals: Signals, batch: Mapping[str, torch.Tensor], pooling: str, is_chunked: bool = False
+    ) -> Targets:
+        """The teacher's answers as one row per item of the student, in the student's order of labels.
+
+        Args:
+            signals (`Signals`): As `ask` returned them.
+            batch (`Mapping`): The batch.
+            pooling (`str`): How embeddings are made of tokens.
+            is_chunked (`bool`, *optional*): Whether `ask` stopped before the output layer.
+
+        Returns:
+            `Targets`: Logits, or the likeliest classes.
+        """
+        if "top_indices" in signals:
+            indices, log_probs = (
+                items_of(self.task, {"logits": signals[name]}, batch).logits
+                for name in ("top_indices", "top_log_probs")
+            )
+            return Targets(None, indices, log_probs)
+        if self.task == "feature-extraction":
+            if "embedding" in signals:
+                return Targets(signals["embedding"])
+            return Targets(items_of(self.task, signals, {**batch, **self._own_mask(batch)}, pooling).logits)
+        if self.task == "question-answering" and f"{OWN}input_ids" in batch:
+            raise ValueError(
+                "The batch has teacher_input_ids, but answers are positions in a text, which another tokenizer counts "
+                "differently: give a teacher with the student's tokenizer."
+            )
+        if self.task == "token-classification" and _POSITIONS in batch:
+            signals = {**signals, "logits": gather_positions(signals["logits"], batch[_POSITIONS])}
+        logits = items_of(self.task, signals, batch, pooling).logits
+        if is_chunked:
+            return Targets(logits, head=unwrap(self.model).get_output_embeddings())
+        return Targets(self.in_order(logits))
+
+    def in_order(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits in the student's order of labels, without the padding of the vocabulary.
+
+        Args:
+            logits (`torch.Tensor` of shape `(..., classes)`): The teacher's.
+
+        Returns:
+            `torch.Tensor`: The same shape, or fewer classes.
+        """
+        if self.n_shared is not None:
+            return logits[..., : self.n_shared]
+        if self.label_order is None:
+            return logits
+        return logits.index_select(-1, torch.tensor(self.label_order, device=logits.device))
+
+    def mask(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+        """Where the texts that the teacher reads are real.
+
+        Args:
+            batch (`Mapping`): The batch.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, length)`, or `None` for images.
+        """
+        return None if "pixel_values" in batch else attention_mask({**batch, **self._own_mask(batch)})
+
+    @staticmethod
+    def _own_mask(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        names = ("attention_mask", "input_ids")
+        return {name: batch[OWN + name] for name in names if OWN + name in batch}
+
+
+def check_pair(student: nn.Module, teacher: nn.Module) -> str:
+    """Raises if a teacher cannot teach a student.
+
+    Args:
+        student (`nn.Module`): The student.
+        teacher (`nn.Module`): The teacher.
+
+    Returns:
+        `str`: Their task.
+
+    Raises:
+        ValueError: if they are one object, or differ in task or in the type of the problem.
+    """
+    if unwrap(student) is unwrap(teacher):
+        raise ValueError(
+            "model and teacher are the same object, so the teacher would change with the student: "
+            "pass copy.deepcopy(model) as the teacher."
+        )
+    task = shared_task(teacher, student)
+    if task not in TASKS:
+        raise ValueError(f"DistillationTrainer does not know the task {task}; it knows {', '.join(TASKS)}.")
+    if task in CLASSIFICATION:
+        _settle_problem_type_(unwrap(student).config, unwrap(teacher).config)
+    return task
+
+
+def shared_vocabulary(task: str, teacher: nn.Module, student: nn.Module) -> int | None:
+    """How many classes two language models share, whose vocabularies are one but padded to different sizes.
+
+    Args:
+        task (`str`): Their task.
+        teacher (`nn.Module`): The teacher.
+        student (`nn.Module`): The student.
+
+    Returns:
+        `int` or `None`: `None` where nothing has to be cut off.
+    """
+    if task not in LANGUAGE_MODELS:
+        return None
+    sizes = [unwrap(model).config.vocab_size for model in (teacher, student)]
+    return None if sizes[0] == sizes[1] else min(sizes)
+
+
+def check_vocabulary(teacher: nn.Module, student: nn.Module, n_tokens: int | None) -> None:
+    """Raises if two models cannot read the same `input_ids`.
+
+    Args:
+        teacher (`nn.Module`): The teacher.
+        student (`nn.Module`): The student.
+        n_tokens (`int` or `None`): Tokens that their tokenizer knows, where it is known.
+
+    Raises:
+        ValueError: if the sizes of the vocabularies differ by more than padding, or nothing tells that it is padding.
+    """
+    if "input_ids" not in forward_columns(student):
+        return
+    ours, theirs = (unwrap(model).config.vocab_size for model in (student, teacher))
+    if ours == theirs or (n_tokens is not None and n_tokens <= min(ours, theirs)):
+        return
+    known = "no processing_class says how many are in use" if n_tokens is None else f"the tokenizer knows {n_tokens}"
+    raise ValueError(
+        f"The teacher has {theirs} tokens, the student {ours}, and {known}, so they may not read the same input_ids. "
+        "Make the student with make_student; pass processing_class=tokenizer if both use it and only the padding of "
+        "the vocabulary differs; or give a teacher of another tokenizer its own inputs with add_teacher_inputs."
+    )
+
+
+def _settle_problem_type_(config: Any, teacher_config: Any) -> None:
+    kinds = {config.problem_type, teacher_config.problem_type} - {None}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"The teacher's config says problem_type={teacher_config.problem_type!r}, the student's "
+            f"{config.problem_type!r}: set both to what the labels are."
+        )
+    config.problem_type = next(iter(kinds), None)
+
+
+def own_columns(teachers: Sequence[Teacher]) -> list[str]:
+    """Every column that a data set may hold for teachers.
+
+    Args:
+        teachers (sequence of `Teacher`): The teachers.
+
+    Returns:
+        `list[str]`: Plain and prefixed names.
+    """
+    plain = set().union(*(teacher.columns for teacher in teachers))
+    return sorted(plain | {OWN + name for name in plain} | {_POSITIONS})

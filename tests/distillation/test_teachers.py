@@ -1,0 +1,247 @@
+"""Several teachers, missing labels, other vocabularies, and teachers that are not worth learning from."""
+
+import logging
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerFast
+
+from hf_compress.distillation import losses
+from hf_compress.distillation.mixture import confidence_weights, mix_logits
+from tests.distillation import tiny
+from tests.distillation.tiny import GradientRecorder, make_trainer, relative_difference, tiny_model, tiny_rows
+
+
+def first_log(trainer) -> dict:
+    trainer.train()
+    return trainer.state.log_history[0]
+
+
+def test_the_mixture_is_the_mean_of_the_softened_distributions():
+    torch.manual_seed(0)
+    logits = 3 * torch.randn(3, 6, 5)
+    weights = torch.tensor([0.5, 0.3, 0.2])
+    mixed = mix_logits("single_label_classification", logits, weights, temperature=2.0)
+    expected = (weights[:, None, None] * (logits / 2).softmax(-1)).sum(0)
+    torch.testing.assert_close((mixed / 2).softmax(-1), expected)
+    mixed = mix_logits("multi_label_classification", logits, weights, temperature=2.0)
+    torch.testing.assert_close((mixed / 2).sigmoid(), (weights[:, None, None] * (logits / 2).sigmoid()).sum(0))
+    mixed = mix_logits("regression", logits, weights)
+    torch.testing.assert_close(mixed, (weights[:, None, None] * logits).sum(0))
+
+
+@pytest.mark.parametrize("problem", ["single_label_classification", "multi_label_classification", "regression"])
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_equal_teachers_mix_to_one_of_them(problem, temperature):
+    torch.manual_seed(0)
+    one = 3 * torch.randn(6, 5)
+    weights = torch.tensor([0.25, 0.75])
+    mixed = mix_logits(problem, torch.stack([one, one]), weights, temperature)
+    if problem == "single_label_classification":
+        mixed, one = mixed.log_softmax(-1), one.log_softmax(-1)
+        mixed, one = (x - x.mean(-1, keepdim=True) for x in (mixed, one))
+    torch.testing.assert_close(mixed, one, rtol=1e-4, atol=1e-4)
+
+
+def test_forbidden_classes_take_no_mass_in_a_mixture():
+    torch.manual_seed(0)
+    logits = torch.randn(2, 3, 4)
+    allowed = torch.tensor([True, False, True, True]).expand(3, 4)
+    weights = torch.tensor([0.5, 0.5])
+    mixed = mix_logits("single_label_classification", logits, weights, 2.0, allowed)
+    without = mix_logits("single_label_classification", logits[..., [0, 2, 3]], weights, 2.0)
+    torch.testing.assert_close(mixed[:, [0, 2, 3]], without)
+    assert losses.kl_divergence(mixed, mixed, 2.0, allowed).abs().max() == 0
+
+
+def test_confidence_prefers_the_teacher_that_is_right():
+    right, wrong = torch.tensor([[4.0, 0.0]]), torch.tensor([[0.0, 4.0]])
+    logits = torch.stack([right, wrong])
+    weights = confidence_weights("single_label_classification", logits, torch.tensor([0]))
+    assert weights[0] > 0.9
+    torch.testing.assert_close(weights.sum(0), torch.ones(1))
+    loss = torch.stack([losses.cross_entropy(one, torch.tensor([0])) for one in logits])
+    torch.testing.assert_close(weights, 1 - loss.exp() / loss.exp().sum(0))
+    sure, unsure = torch.tensor([[4.0, 0.0]]), torch.tensor([[0.1, 0.0]])
+    without = confidence_weights("single_label_classification", torch.stack([sure, unsure]), None)
+    assert without[0] > without[1]
+
+
+@pytest.mark.parametrize("task", tiny.ALL_TASKS)
+def test_two_equal_teachers_are_as_one(task, tmp_path):
+    one = first_log(make_trainer(task, tmp_path))
+    twins = [tiny_model(task, 2, seed=2) for _ in range(2)]
+    two = first_log(make_trainer(task, tmp_path, twins))
+    assert two["kd_loss"] == pytest.approx(one["kd_loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("mixture", ["mean", "weighted", "confidence"])
+def test_mixtures_do_not_depend_on_accumulation(mixture, tmp_path):
+    def gradients(batch_size, accumulation):
+        recorder = GradientRecorder()
+        teachers = [tiny_model("single-label", 2, seed=seed) for seed in (2, 3)]
+        make_trainer(
+            "single-label", tmp_path, teachers, callbacks=[recorder], teacher_mixture=mixture,
+            teacher_weights=[2.0, 1.0] if mixture == "weighted" else None, per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+        ).train()  # fmt: skip
+        return recorder.gradients
+
+    assert relative_difference(gradients(8, 1), gradients(2, 4)) <= 1e-5
+
+
+def test_a_weight_of_almost_all_is_that_teacher_alone(tmp_path):
+    teachers = [tiny_model("single-label", 2, seed=seed) for seed in (2, 3)]
+    alone = first_log(make_trainer("single-label", tmp_path, tiny_model("single-label", 2, seed=2)))
+    heavy = first_log(make_trainer(
+        "single-label", tmp_path, teachers, teacher_mixture="weighted", teacher_weights=[1e6, 1e-6]
+    ))  # fmt: skip
+    assert heavy["kd_loss"] == pytest.approx(alone["kd_loss"], rel=1e-4)
+
+
+def test_mixtures_that_do_not_fit_raise(tmp_path):
+    teachers = [tiny_model("single-label", 2, seed=seed) for seed in (2, 3)]
+    with pytest.raises(ValueError, match=r"teacher_weights=\[1.0\] are for 1 teachers, but there are 2"):
+        make_trainer("single-label", tmp_path, teachers, teacher_mixture="weighted", teacher_weights=[1.0])
+    with pytest.raises(ValueError, match="does not go with teacher_mixture='mean'"):
+        make_trainer("single-label", tmp_path, teachers, teacher_weights=[1.0, 2.0])
+    with pytest.raises(ValueError, match="give two or more"):
+        make_trainer("single-label", tmp_path, teacher_mixture="confidence")
+    with pytest.raises(TypeError, match="is no model"):
+        make_trainer("single-label", tmp_path, [])
+
+
+@pytest.mark.parametrize(("task", "missing"), [("single-label", -100), ("multi-label", [float("nan")] * 3),
+                                               ("regression", float("nan"))])  # fmt: skip
+def test_rows_without_a_label_learn_from_the_teacher_alone(task, missing, tmp_path):
+    rows = tiny_rows(task)
+    half = [row if n < 4 else {**row, "labels": missing} for n, row in enumerate(rows)]
+    log = first_log(make_trainer(task, tmp_path, rows=half))
+    assert log["kd_loss"] == pytest.approx(first_log(make_trainer(task, tmp_path))["kd_loss"], rel=1e-5)
+    labelled = first_log(make_trainer(task, tmp_path, rows=rows[:4]))
+    assert log["task_loss"] == pytest.approx(labelled["task_loss"], rel=1e-5)
+
+    def gradients(batch_size, accumulation):
+        recorder = GradientRecorder()
+        make_trainer(
+            task, tmp_path, rows=half, callbacks=[recorder], per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+        ).train()  # fmt: skip
+        assert all(gradient.isfinite().all() for gradient in recorder.gradients.values())
+        return recorder.gradients
+
+    assert relative_difference(gradients(8, 1), gradients(2, 4)) <= 1e-5
+
+
+def tokenizer_of(n_tokens: int) -> PreTrainedTokenizerFast:
+    from tokenizers import Tokenizer, models
+
+    words = {f"w{n}": n for n in range(n_tokens)}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, "w0")), pad_token="w0")
+
+
+@pytest.mark.parametrize("task", ["masked-lm", "causal-lm", "single-label"])
+def test_padding_of_the_vocabulary_is_cut_off(task, tmp_path):
+    from hf_compress import DistillationArguments, DistillationTrainer
+
+    padded, plain = tiny_model(task, 2, seed=2, vocab_size=56), tiny_model(task, 1, seed=1)
+
+    def trainer(n_tokens: int) -> DistillationTrainer:
+        args = DistillationArguments(str(tmp_path), report_to="none", use_cpu=True, max_steps=1, logging_steps=1,
+                                     save_strategy="no", disable_tqdm=True, teacher_check_rows=0)  # fmt: skip
+        return DistillationTrainer(
+            plain, args, teacher=padded, train_dataset=Dataset.from_list(tiny_rows(task)),
+            data_collator=tiny.PadCollator(), processing_class=tokenizer_of(n_tokens),
+        )  # fmt: skip
+
+    assert first_log(trainer(50))["kd_loss"] > 0
+    with pytest.raises(ValueError, match="has 56 tokens, the student 50, and the tokenizer knows 53"):
+        trainer(53)
+
+
+def test_a_teacher_worse_than_the_majority_is_warned_of(tmp_path, caplog):
+    rows = [{**row, "labels": 2 if n else 1} for n, row in enumerate(tiny_rows("single-label"))]
+    teacher = tiny_model("single-label", 2, seed=2)
+    with torch.no_grad():
+        teacher.classifier.bias += torch.tensor([100.0, 0.0, 0.0])
+    with caplog.at_level(logging.WARNING, "hf_compress"):
+        trainer = make_trainer("single-label", tmp_path, teacher, rows=rows, teacher_check_rows=8)
+        trainer.train()
+    assert "right on 0.0 % of 8 labels, and the most frequent class alone would be on 87.5 %" in caplog.text
+    caplog.clear()
+    with torch.no_grad():
+        teacher.classifier.bias += torch.tensor([-100.0, 0.0, 100.0])
+    with caplog.at_level(logging.WARNING, "hf_compress"):
+        make_trainer("single-label", tmp_path, teacher, rows=rows, teacher_check_rows=8).train()
+    assert "most frequent class" not in caplog.text
+
+
+def test_the_check_of_the_teacher_changes_no_training(tmp_path):
+    logs = [
+        first_log(make_trainer("single-label", tmp_path, teacher_check_rows=rows, train_sampling_strategy="random",
+                               per_device_train_batch_size=2))
+        for rows in (0, 8)
+    ]  # fmt: skip
+    assert logs[0]["loss"] == logs[1]["loss"]
+
+
+@pytest.mark.parametrize("rows", [0, 8])
+def test_a_teacher_that_gives_nan_raises(rows, tmp_path):
+    teacher = tiny_model("single-label", 2, seed=2)
+    with torch.no_grad():
+        teacher.classifier.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        make_trainer("single-label", tmp_path, teacher, teacher_check_rows=rows).train()
+
+
+def test_steps_with_nothing_to_learn_are_warned_of(tmp_path, caplog):
+    rows = [{**row, "labels": [-100] * len(row["labels"])} for row in tiny_rows("token-classification")]
+    with caplog.at_level(logging.WARNING, "hf_compress"):
+        log = first_log(make_trainer("token-classification", tmp_path, rows=rows, max_steps=2, logging_steps=2))
+    assert log["loss"] == 0
+    assert "2 of the last 2 optimizer steps had nothing to learn from" in caplog.text
+    with pytest.raises(ValueError, match="0 rows"):
+        trainer = make_trainer("single-label", tmp_path)
+        type(trainer)(
+            trainer.model, trainer.args, teacher=tiny_model("single-label"),
+            train_dataset=trainer.train_dataset.select([]), data_collator=trainer.data_collator,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jensen_shannon", "cross_entropy", "mse"])
+@pytest.mark.parametrize("task", ["single-label", "multi-label", "question-answering", "causal-lm"])
+def test_every_divergence_is_exact(divergence, task, tmp_path):
+    def gradients(batch_size, accumulation, **models):
+        recorder = GradientRecorder()
+        make_trainer(
+            task, tmp_path, callbacks=[recorder], divergence=divergence, alpha=1.0,
+            per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation, **models,
+        ).train()  # fmt: skip
+        return recorder.gradients
+
+    assert relative_difference(gradients(8, 1), gradients(2, 4)) <= 1e-5
+    twins = {"student": tiny_model(task, seed=3), "teacher": tiny_model(task, seed=3)}
+    assert max(value.abs().max() for value in gradients(8, 1, **twins).values()) <= 1e-5
+
+
+def test_divergences_that_do_not_fit_raise(tmp_path):
+    with pytest.raises(ValueError, match="divergence='cosine' does not fit this model"):
+        make_trainer("single-label", tmp_path, divergence="cosine").train()
+    with pytest.raises(ValueError, match="divergence='forward_kl' does not fit this model .regression"):
+        make_trainer("regression", tmp_path, divergence="forward_kl").train()
+    with pytest.raises(ValueError, match="divergence='kl' is unknown"):
+        make_trainer("single-label", tmp_path, divergence="kl")
+
+
+def test_embeddings_of_other_widths_are_projected(tmp_path):
+    teacher = tiny_model("embeddings", 2, seed=2, hidden_size=24, num_attention_heads=4)
+    for divergence in ("cosine", "mse"):
+        trainer = make_trainer("embeddings", tmp_path, teacher, divergence=divergence, max_steps=30, learning_rate=1e-2,
+                               logging_steps=10)  # fmt: skip
+        trainer.train()
+        logs = [log["kd_loss"] for log in trainer.state.log_history if "kd_loss" in log]
+        assert logs[-1] < logs[0]
+        assert list(trainer.projections) == ["output"]
+    prediction = trainer.predict(trainer.eval_dataset)
+    assert prediction.predictions.shape == (8, 16)

@@ -1,0 +1,37 @@
+"""Run as a program: two processes build one cache, each for itself ("apart") or sharing the work ("together").
+
+python tests/distillation/two_builders.py apart|together FOLDER
+"""
+
+import multiprocessing
+import random
+import sys
+
+from accelerate import debug_launcher
+
+from hf_compress.distillation import cache
+from tests.distillation import tiny
+from tests.distillation.tiny import tiny_model, tiny_rows
+
+
+def build(folder: str) -> None:
+    cache.BLOCK_ROWS = 8
+    rows = [row for _ in range(40) for row in tiny_rows("single-label")]
+    for n, row in enumerate(rows):
+        row["input_ids"] = [random.Random(n).randrange(1, tiny.VOCABULARY) for _ in row["input_ids"]]
+    teacher = tiny_model("single-label", 2, seed=2)
+    cache.TeacherCache.build(folder, teacher, rows, data_collator=tiny.PadCollator())
+
+
+if __name__ == "__main__":
+    mode, folder = sys.argv[1:]
+    if mode == "together":
+        debug_launcher(build, (folder,), num_processes=2)
+    else:
+        context = multiprocessing.get_context("spawn")
+        processes = [context.Process(target=build, args=(folder,)) for _ in range(2)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        sys.exit(max(process.exitcode for process in processes))
