@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,6 +23,8 @@ from hf_compress.data import (
     tokenize,
 )
 from hf_compress.distillation.arguments import DistillationArguments
+from hf_compress.distillation.augmentation import AugmentationConfig, augment
+from hf_compress.distillation.cache import TeacherCache
 from hf_compress.distillation.student import make_student
 from hf_compress.distillation.trainer import DistillationTrainer
 from hf_compress.evaluation.cost import measure_cost
@@ -38,6 +41,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TEACHER, STUDENT, BASELINE = "teacher", "student", "student-alone"
+# The teacher's answers, for as long as the student is trained.
+CACHE = "teacher-cache"
 COST_BATCH = 32
 
 
@@ -47,6 +52,7 @@ class Material(NamedTuple):
     Attributes:
         tokenizer (`PreTrainedTokenizerBase`): Of the teacher and the student.
         train (`Dataset`): Tokenized rows to train on.
+        copies (`Dataset`): The same and their noisy copies, where there are any, for the student with its teacher.
         test (`Dataset`): Tokenized rows to measure on.
         test_split (`str`): The name of the latter's split.
         labels (`list[str]` or `None`): Names of the classes, for a model that is fine-tuned here; `None`: regression.
@@ -55,6 +61,7 @@ class Material(NamedTuple):
 
     tokenizer: "PreTrainedTokenizerBase"
     train: Dataset
+    copies: Dataset
     test: Dataset
     test_split: str
     labels: list[str] | None
@@ -93,13 +100,18 @@ def distill(
         material = prepare(job, splits, options)
     with args.main_process_first(local=False, desc="opening the output folder"):
         overwrite = job.overwrite and args.process_index == 0
-        open_run(output, run_settings(job, args), overwrite, (TEACHER, STUDENT, BASELINE))
+        open_run(output, run_settings(job, args), overwrite, (TEACHER, STUDENT, BASELINE, CACHE))
     if job.teacher_epochs > 0:
         train_once(output / TEACHER, lambda work: _teacher_trainer(job, args, material, options, work))
     teacher = str(output / TEACHER) if job.teacher_epochs > 0 else job.model
     train_once(output / STUDENT, lambda work: _student_trainer(job, args, material, options, teacher, work))
+    if args.process_index == 0:
+        shutil.rmtree(output / CACHE, ignore_errors=True)
     if job.baseline:
-        alone = _changed(args, alpha=0.0)
+        # As many steps as the student with its teacher, on the rows that have labels.
+        epochs = args.num_train_epochs * (1 + job.augment_copies)
+        alone = _changed(args, alpha=0.0, end_alpha=None, alpha_schedule="constant", num_train_epochs=epochs)
+        alone = _changed(alone, terms=[], stages=[])
         train_once(output / BASELINE, lambda work: _student_trainer(job, alone, material, options, teacher, work))
     with args.main_process_first(local=False, desc="measuring"):
         if args.process_index == 0:
@@ -138,7 +150,14 @@ def prepare(job: DistillJob, splits: DatasetDict, options: dict[str, Any]) -> Ma
         for name in ("train", test_split)
     )
     check_length(teacher, max(train, test, key=lambda rows: max(rows["length"])))
-    return Material(tokenizer, train, test, test_split, labels, metric)
+    copies = _with_copies(job, splits["train"], tokenizer, ids["train"]) if job.augment_copies else train
+    return Material(tokenizer, train, copies, test, test_split, labels, metric)
+
+
+def _with_copies(job: DistillJob, texts: Dataset, tokenizer, ids: list) -> Dataset:
+    labelled = texts.select_columns(list(job.text_columns)).add_column("label", ids)
+    noisy = augment(labelled, AugmentationConfig(copies=job.augment_copies), job.text_columns, "label")
+    return tokenize(noisy, tokenizer, job.text_columns, noisy["label"], job.max_length)
 
 
 def choose_metric(job: DistillJob, teacher: "PreTrainedModel") -> str:
@@ -221,15 +240,32 @@ def _student_trainer(
     job: DistillJob, args: DistillationArguments, material: Material, options, teacher_path: str, work: Path
 ) -> DistillationTrainer:
     how = "with its teacher" if args.alpha > 0 else "without its teacher"
-    logger.info("Training the student %s on %d rows.", how, len(material.train))
+    rows = material.copies if args.alpha > 0 else material.train
+    logger.info("Training the student %s on %d rows.", how, len(rows))
     set_seed(args.seed)
     teacher = AutoModelForSequenceClassification.from_pretrained(teacher_path, **options)
+    student = make_student(teacher, job.student_config())
     return DistillationTrainer(
-        make_student(teacher, job.student_config()),
+        student,
         _changed(args, output_dir=str(work)),
         teacher=teacher,
-        train_dataset=material.train,
+        teacher_cache=_cache(job, args, teacher, rows, material.tokenizer),
+        train_dataset=rows,
         processing_class=material.tokenizer,
+    )
+
+
+def _cache(job: DistillJob, args: DistillationArguments, teacher, rows: Dataset, tokenizer) -> TeacherCache | None:
+    # What is imitated inside the teacher takes hundreds of times the room of its answers.
+    looks_inside = args.terms or any(stage.terms for stage in args.stages)
+    if not job.cache_teacher or args.alpha == 0 or looks_inside:
+        return None
+    return TeacherCache.build(
+        Path(args.output_dir) / CACHE,
+        teacher.to(args.device),
+        rows,
+        processing_class=tokenizer,
+        autocast_dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
     )
 
 

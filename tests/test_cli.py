@@ -183,7 +183,7 @@ def test_killed_process_is_continued(inputs, tmp_path):
     words = job_words(inputs, tmp_path / "killed")
     killed = start("killed_run.py", tmp_path, "5", "distill", *words)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert {path.name for path in (tmp_path / "killed").iterdir()} == {"run.json", "student.training"}
+    assert {path.name for path in (tmp_path / "killed").iterdir()} == {"run.json", "student.training", "teacher-cache"}
     continued = distilled(words)
     unbroken = distilled(job_words(inputs, tmp_path / "unbroken"))
     assert quality(continued) == quality(unbroken)

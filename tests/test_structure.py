@@ -55,7 +55,8 @@ PATHS = {
     "position_embeddings", "heads", "token_rows", "token_columns",
 }  # fmt: skip
 NO_PATHS = {
-    "head_dim", "attributes", "kind", "has_plain_scores", "present_if", "head_count", "all_heads_width", "kv_group_size", "fused",
+    "has_plain_scores",
+    "head_dim", "attributes", "kind", "present_if", "head_count", "all_heads_width", "kv_group_size", "fused",
     "gated_if", "width", "in_first_block", "flag", "key", "value", "reason", "attentions", "ffn", "num_layers",
     "num_heads", "cache_num_layers", "ffn_width", "own_config", "own_num_layers", "is_shared", "position_bias",
     "layers_require", "first_stays", "first_stays_if", "stacks", "per_layer", "num_kv_heads", "heads_divide_hidden",

@@ -25,6 +25,7 @@ TermKind = Literal[
     "contrastive",
 ]
 Mixture = Literal["mean", "weighted", "confidence"]
+Placement = Literal["replicated", "sharded"]
 # What each kind compares where no layers are given; the last layer is number -1.
 _LAST: tuple[tuple[int, int], ...] = ((-1, -1),)
 _DEFAULT_LAYERS: dict[str, LayerMap] = {
@@ -206,6 +207,13 @@ class DistillationArguments(TrainingArguments):
     teacher_weights: list[float] | None = field(
         default=None, metadata={"help": "One weight per teacher, above 0, for teacher_mixture=weighted."}
     )
+    teacher_placement: Placement = field(
+        default="replicated",
+        metadata={
+            "help": "Where the teachers live when several processes train: replicated (whole in each, fastest) or "
+            "sharded (each holds its share, and the weights of a block are gathered while it runs)."
+        },
+    )
     teacher_check_rows: int = field(
         default=256,
         metadata={
@@ -250,6 +258,10 @@ class DistillationArguments(TrainingArguments):
             )
         if self.teacher_weights is not None and not all(0 < w < math.inf for w in self.teacher_weights):
             raise ValueError(f"teacher_weights={self.teacher_weights}: every weight must be above 0 and finite.")
+        if self.teacher_placement not in Placement.__args__:
+            raise ValueError(
+                f"teacher_placement={self.teacher_placement!r} is unknown: give {' or '.join(Placement.__args__)}."
+            )
         for name in ("teacher_check_rows", "logits_chunk"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} is below 0: give 0 to switch it off.")

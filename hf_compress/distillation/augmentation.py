@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy
+import numpy as np
 from datasets import ClassLabel, Dataset, LargeList, List, Value, concatenate_datasets
 from datasets.features import Features
 
@@ -42,8 +42,8 @@ class AugmentationConfig:
         is_share = dropout >= 0 and replacement >= 0 and dropout + replacement <= 1 + 1e-9
         if not is_share or dropout + replacement == 0:
             raise ValueError(
-                f"word_dropout={dropout} and word_replacement={replacement} are no shares of the words, or leave every "
-                "copy as it is: give numbers from 0 to 1 whose sum is above 0 and at most 1, such as 0.1 and 0.15."
+                f"word_dropout={dropout} and word_replacement={replacement} are no shares of the words, or leave all "
+                "copies as they are: give numbers from 0 to 1 with a sum above 0 and at most 1, such as 0.1 and 0.15."
             )
 
 
@@ -79,7 +79,8 @@ def augment(
 
     Raises:
         TypeError: if this is no `Dataset`, a column holds no texts, or the labels are none of the above.
-        ValueError: if there are no rows, a column is missing, a text is missing, or the texts are tokenized already.
+        ValueError: if there are no rows, a column is missing, a text or a label is `None`, lists of labels are not of
+            one length, or the texts are tokenized already.
     """
     check_dataset(dataset, "augment(splits['train'], config)")
     check_texts(dataset, text_columns)
@@ -97,7 +98,7 @@ def augment(
         if feature != dataset.features[label_column]:
             dataset = dataset.cast(Features({**dataset.features, label_column: feature}), num_proc=num_proc)
     noise = _Noise(config, _word_counts(dataset, text_columns), missing)
-    rows = numpy.arange(len(dataset)).repeat(config.copies)
+    rows = np.arange(len(dataset)).repeat(config.copies)
     copies = dataset.select(rows).map(
         noise,
         batched=True,
@@ -116,19 +117,19 @@ class _Noise:
         self.config = config
         self.missing = missing
         self.words = {column: list(counter) for column, counter in counts.items()}
-        self.ends = {column: numpy.cumsum(list(counter.values())) for column, counter in counts.items()}
+        self.ends = {column: np.cumsum(list(counter.values())) for column, counter in counts.items()}
 
     def __call__(self, rows: dict[str, list], indices: list[int]) -> dict[str, list]:
         noisy: dict[str, list] = {name: [value] * len(indices) for name, value in self.missing.items()}
         # One generator per copy, so that what a copy gets does not depend on who makes the others.
-        generators = [numpy.random.default_rng([self.config.seed, index]) for index in indices]
+        generators = [np.random.default_rng([self.config.seed, index]) for index in indices]
         for column in self.words:
             noisy[column] = [
                 self._copy(text, column, generator) for text, generator in zip(rows[column], generators, strict=True)
             ]
         return noisy
 
-    def _copy(self, text: str, column: str, generator: numpy.random.Generator) -> str:
+    def _copy(self, text: str, column: str, generator: np.random.Generator) -> str:
         words = text.split()
         if not words:
             return text
@@ -165,38 +166,45 @@ def _missing_label(dataset: Dataset, column: str) -> tuple[Any, Any]:
             "labels as label_column, or give label_column=None for texts without labels."
         )
     feature = dataset.features[column]
-    if isinstance(feature, ClassLabel) or (isinstance(feature, Value) and _is_integer(feature)):
-        return Value("int64"), IGNORED
-    if isinstance(feature, Value) and feature.dtype.startswith("float"):
-        return feature, math.nan
-    is_list = isinstance(feature, List | LargeList) and type(feature.feature) is Value
-    if is_list and (_is_integer(feature.feature) or feature.feature.dtype.startswith("float")):
-        return _missing_list(dataset, column)
-    raise TypeError(
-        f"Column {column!r} holds {feature}, which has no value for a missing label: give ids of classes (see "
-        "dataset.class_encode_column), floats for a regression, or lists of one 0 or 1 per class for several labels."
-    )
-
-
-def _missing_list(dataset: Dataset, column: str) -> tuple[Any, list[float]]:
-    feature = dataset.features[column]
-    lengths: set[int] = set()
-    values: set[float] = set()
-    for rows in dataset.select_columns([column]).iter(batch_size=1000):
-        lengths.update(len(labels) for labels in rows[column])
-        if _is_integer(feature.feature):
-            values.update(value for labels in rows[column] for value in labels)
-    if len(lengths) != 1 or not values <= {0, 1}:
+    is_list = isinstance(feature, List | LargeList)
+    value = feature.feature if is_list else feature
+    # A list of `ClassLabel`s names the classes that apply, which is not one 0 or 1 per class.
+    is_class = _is_integer(value) or (not is_list and isinstance(value, ClassLabel))
+    if not is_class and not _is_float(value):
         raise TypeError(
-            f"Column {column!r} holds lists of {min(lengths)} to {max(lengths)} numbers"
-            f"{f' from {min(values)} to {max(values)}' if values else ''}, which are not one 0 or 1 per class: turn "
-            "ids of classes into such lists first, since a missing label has no id."
+            f"Column {column!r} holds {feature}, which has no value for a missing label: give ids of classes (see "
+            "dataset.class_encode_column), floats for a regression, lists of one 0 or 1 per class for several labels, "
+            "or label_column=None for texts without labels."
         )
-    length = lengths.pop()
-    if _is_integer(feature.feature):
-        feature = List(Value("float32"))
-    return feature, [math.nan] * length
+    lengths, numbers = _lengths_and_numbers(dataset, column, is_list)
+    if not is_list:
+        return (Value("int64"), IGNORED) if is_class else (feature, math.nan)
+    if len(lengths) > 1 or (is_class and not numbers <= {0, 1}):
+        raise ValueError(
+            f"Column {column!r} holds lists of {min(lengths)} to {max(lengths)} numbers, such as "
+            f"{dataset[0][column]}, which are not one 0 or 1 per class: turn ids of classes into such lists first, "
+            "since a list with a missing label has no id."
+        )
+    return List(Value("float32")) if is_class else feature, [math.nan] * lengths.pop()
 
 
-def _is_integer(feature: Value) -> bool:
-    return feature.dtype == "bool" or feature.dtype.startswith(("int", "uint"))
+def _lengths_and_numbers(dataset: Dataset, column: str, is_list: bool) -> tuple[set[int], set[float]]:
+    lengths: set[int] = set()
+    numbers: set[float] = set()
+    n_seen = 0
+    for rows in dataset.select_columns([column]).iter(batch_size=1000):
+        values = rows[column]
+        check_no_gaps(values, column, range(n_seen, n_seen + len(values)))
+        n_seen += len(values)
+        if is_list:
+            lengths.update(map(len, values))
+            numbers.update(number for labels in values for number in labels)
+    return lengths, numbers
+
+
+def _is_integer(feature: Any) -> bool:
+    return isinstance(feature, Value) and (feature.dtype == "bool" or feature.dtype.startswith(("int", "uint")))
+
+
+def _is_float(feature: Any) -> bool:
+    return isinstance(feature, Value) and feature.dtype.startswith("float")

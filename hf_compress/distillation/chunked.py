@@ -36,9 +36,11 @@ def bypassed_head(model: nn.Module | None) -> Iterator[None]:
         )
 
     def pass_on(hidden: torch.Tensor) -> torch.Tensor:
-        # The weight has to stand in the graph of the forward: a wrapper that looks there for unused parameters would
-        # else not wait for its gradient.
-        return hidden + 0.0 * head.weight.flatten()[0].to(hidden.dtype)
+        # The layer has to stand in the graph of the forward: a wrapper that looks there for unused parameters would
+        # else not wait for their gradients.
+        for parameter in head.parameters():
+            hidden = hidden + 0.0 * parameter.flatten()[0].to(hidden.dtype)
+        return hidden
 
     head.forward = pass_on
     try:

@@ -1,10 +1,14 @@
 """Where a training stands in its stages, and the hooks that the current one needs."""
 
+import logging
 from typing import Any
 
 from hf_compress.distillation.curriculum import Stage, locate, stage_lengths
+from hf_compress.distillation.layer_map import describe
 from hf_compress.distillation.signals import Probe
 from hf_compress.distillation.teachers import Teacher
+
+logger = logging.getLogger(__name__)
 
 
 class StageMixin:
@@ -50,4 +54,14 @@ class StageMixin:
         """Also settles which steps each stage lasts; see `Trainer.set_initial_training_values`."""
         values = super().set_initial_training_values(*args, **kwargs)
         self._lengths = stage_lengths(self.stages, max_steps=values[-1], steps_per_epoch=values[1])
+        for number, (stage, length) in enumerate(zip(self.stages, self._lengths, strict=True), start=1):
+            for term in stage.terms:
+                logger.info(
+                    "Stage %d (%d steps): %s, layers of the %s (student<-teacher) %s.",
+                    number,
+                    length,
+                    term.name,
+                    term.stack,
+                    describe(term.pairs),
+                )
         return values

@@ -20,13 +20,28 @@ logger = logging.getLogger(__name__)
 _BATCH = 32
 
 
+def spread_rows(dataset: Any, number: int) -> list[dict[str, Any]]:
+    """Some rows of a data set, from its beginning to its end, since it may be sorted by label.
+
+    Args:
+        dataset (`Dataset` or any other, or `None`): The data.
+        number (`int`): How many rows at most.
+
+    Returns:
+        `list[dict]`: None of them where the data cannot be numbered.
+    """
+    if not isinstance(dataset, Dataset):
+        return []
+    number = min(number, len(dataset))
+    return [dataset[index * len(dataset) // number] for index in range(number)]
+
+
 def look_at_teachers(
     teachers: Sequence[Teacher],
     rows: Sequence[Any],
     collate: Callable[[list], dict[str, torch.Tensor]],
     device: torch.device,
     autocast: Callable[[], AbstractContextManager],
-    names: Sequence[str],
 ) -> None:
     """Warns of a teacher that is worse than always answering the most frequent class.
 
@@ -36,11 +51,11 @@ def look_at_teachers(
         collate (`Callable`): Makes a batch of rows, with the cached answers where they are cached.
         device (`torch.device`): Where the teachers are.
         autocast (`Callable`): Gives the context under which they run.
-        names (sequence of `str`): What to call them.
 
     Raises:
         ValueError: if an output is NaN or infinite.
     """
+    names = ["The teacher"] if len(teachers) == 1 else [f"Teacher {number}" for number in range(len(teachers))]
     found: dict[int, list[Items]] = {number: [] for number in range(len(teachers))}
     # A collator may draw random numbers, and the training's own sequence of them must not depend on this check.
     with torch.random.fork_rng(devices=[]):
@@ -126,14 +141,14 @@ def check_teachers(teacher: Any, args: DistillationArguments) -> list[nn.Module]
     return models
 
 
-def check_data(dataset: Any, teachers: Sequence[nn.Module], student: nn.Module, processing_class: Any) -> None:
+def check_data(dataset: Any, teachers: Sequence[nn.Module], student: nn.Module, tokenizers: Sequence[Any]) -> None:
     """Raises if a data set has no rows, or student and teachers cannot read the same ids and have no own ones.
 
     Args:
         dataset (`Dataset` or any other, or `None`): The training data.
         teachers (sequence of `nn.Module`): The teachers.
         student (`nn.Module`): The student.
-        processing_class (`PreTrainedTokenizerBase` or any other, or `None`): Says how many tokens are in use.
+        tokenizers (sequence): The student's and the teachers', `None` where one is not known.
 
     Raises:
         ValueError: with what is wrong.
@@ -143,6 +158,6 @@ def check_data(dataset: Any, teachers: Sequence[nn.Module], student: nn.Module, 
     columns = getattr(dataset, "column_names", None) or ()
     if "teacher_input_ids" in columns:
         return
-    n_tokens = len(processing_class) if isinstance(processing_class, PreTrainedTokenizerBase) else None
+    known = [one if isinstance(one, PreTrainedTokenizerBase) else None for one in tokenizers]
     for teacher in teachers:
-        check_vocabulary(teacher, student, n_tokens)
+        check_vocabulary(teacher, student, known)

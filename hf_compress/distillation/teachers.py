@@ -11,7 +11,7 @@ from hf_compress.distillation.cache import TeacherCache
 from hf_compress.distillation.chunked import bypassed_head
 from hf_compress.distillation.objective import LANGUAGE_MODELS, OWN, TASKS, attention_mask, items_of, teacher_inputs
 from hf_compress.distillation.signals import Probe, Signals
-from hf_compress.distillation.tokenizers import gather_positions
+from hf_compress.distillation.tokenizers import gather_positions, is_same_vocabulary
 from hf_compress.modeling.tasks import (
     CLASSIFICATION,
     forward_columns,
@@ -234,28 +234,35 @@ def shared_vocabulary(task: str, teacher: nn.Module, student: nn.Module) -> int 
     return None if sizes[0] == sizes[1] else min(sizes)
 
 
-def check_vocabulary(teacher: nn.Module, student: nn.Module, n_tokens: int | None) -> None:
+def check_vocabulary(teacher: nn.Module, student: nn.Module, tokenizers: Sequence[Any]) -> None:
     """Raises if two models cannot read the same `input_ids`.
 
     Args:
         teacher (`nn.Module`): The teacher.
         student (`nn.Module`): The student.
-        n_tokens (`int` or `None`): Tokens that their tokenizer knows, where it is known.
+        tokenizers (sequence): The student's and the teacher's, `None` where one is not known.
 
     Raises:
-        ValueError: if the sizes of the vocabularies differ by more than padding, or nothing tells that it is padding.
+        ValueError: if the sizes of the vocabularies differ and nothing tells that it is padding alone, or the
+            tokenizers differ.
     """
     if "input_ids" not in forward_columns(student):
         return
+    are_known = all(tokenizer is not None for tokenizer in tokenizers)
+    if are_known and not is_same_vocabulary(*tokenizers):
+        raise ValueError(
+            f"Student and teacher cannot read the same input_ids: their tokenizers differ "
+            f"({len(tokenizers[0])} and {len(tokenizers[1])} tokens). Give the teacher its own inputs with "
+            "add_teacher_inputs and TeacherCollator."
+        )
     ours, theirs = (unwrap(model).config.vocab_size for model in (student, teacher))
-    if ours == theirs or (n_tokens is not None and n_tokens <= min(ours, theirs)):
-        return
-    known = "no processing_class says how many are in use" if n_tokens is None else f"the tokenizer knows {n_tokens}"
-    raise ValueError(
-        f"The teacher has {theirs} tokens, the student {ours}, and {known}, so they may not read the same input_ids. "
-        "Make the student with make_student; pass processing_class=tokenizer if both use it and only the padding of "
-        "the vocabulary differs; or give a teacher of another tokenizer its own inputs with add_teacher_inputs."
-    )
+    if ours != theirs and not are_known:
+        raise ValueError(
+            f"The teacher has {theirs} tokens, the student {ours}, so they may not read the same input_ids. Make the "
+            "student with make_student; pass both tokenizers, as processing_class and teacher_processing_class, if "
+            "they agree and only the padding of the vocabulary differs; or give the teacher its own inputs with "
+            "add_teacher_inputs and TeacherCollator."
+        )
 
 
 def _settle_problem_type_(config: Any, teacher_config: Any) -> None:

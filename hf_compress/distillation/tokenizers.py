@@ -1,12 +1,15 @@
 """A teacher that reads with another tokenizer than the student: its own inputs, and which token is which word."""
 
 import copy
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from datasets import Dataset, LargeList, List, Value
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 # What a column begins with that is for the teacher alone.
 PREFIX = "teacher_"
@@ -40,6 +43,7 @@ def add_teacher_inputs(
         student_tokenizer (`PreTrainedTokenizerBase`, *optional*): The student's tokenizer, for `words_column`.
         words_column (`str`, *optional*): For token classification: the column of lists of words. The data set must
             hold the student's `input_ids` of them, made with `is_split_into_words=True`, cut or padded as you like.
+            Both tokenizers must be fast ones; byte-level ones, as of RoBERTa, need `add_prefix_space=True`.
 
     Returns:
         `Dataset`: With the columns of the teacher's tokenizer under the prefix `teacher_`; for token classification,
@@ -65,6 +69,7 @@ def add_teacher_inputs(
     teacher_tokenizer = copy.deepcopy(teacher_tokenizer)
     if words_column is not None:
         _check_words(dataset, words_column, student_tokenizer, teacher_tokenizer)
+        _warn_of_glued_words(teacher_tokenizer)
         encode = _words_encoder(copy.deepcopy(student_tokenizer), teacher_tokenizer, words_column, options)
     else:
         check_texts(dataset, text_columns)
@@ -281,6 +286,15 @@ def _check_words(
         )
 
 
+def _warn_of_glued_words(tokenizer: PreTrainedTokenizerBase) -> None:
+    text = "in in"
+    if tokenizer([text.split()], is_split_into_words=True)["input_ids"][0] != tokenizer(text)["input_ids"]:
+        logger.warning(
+            "The teacher's tokenizer reads a list of words as if no spaces were between them, which a teacher may "
+            "never have seen: load it with add_prefix_space=True, unless the teacher was trained in this way."
+        )
+
+
 def _texts_encoder(tokenizer: PreTrainedTokenizerBase, columns: list[str], options: dict[str, Any]) -> Callable:
     def encode(rows: dict[str, list], indices: list[int]) -> dict[str, list]:
         for column in columns:
@@ -315,7 +329,7 @@ def _words_encoder(
 
 def _word_ids(tokenizer: PreTrainedTokenizerBase, words: list[str], ids: list[int], row: int) -> list[int | None]:
     """The words of a row's tokens that were cut or padded to their number."""
-    # Only rows that were cut have another number of tokens; those cannot have been padded.
+    # Whether the row was cut or padded is not known: with its own length as the limit, both give what they gave.
     padding = "max_length" if tokenizer.pad_token is not None else False
     again = tokenizer([words], is_split_into_words=True, truncation=True, padding=padding, max_length=len(ids))
     if again["input_ids"][0] != ids:

@@ -22,6 +22,10 @@ class ProjectionMixin:
         is_given = self.optimizer is not None
         optimizer = super().create_optimizer(*args, **kwargs)
         parameters = list(self.projections.parameters())
+        if self.args.world_size > 1:
+            # As a data-parallel wrapper does with the model's own: processes may have drawn other random numbers.
+            for parameter in parameters:
+                dist.broadcast(parameter.data, src=0)
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if parameters and id(parameters[0]) not in known:
             if is_given:
@@ -53,11 +57,10 @@ class ProjectionMixin:
         if self.args.world_size == 1:
             return
         for parameter in self.projections.parameters():
-            if parameter.grad is None:
-                # A stage without the term: every process still has to take part.
-                parameter.grad = torch.zeros_like(parameter)
-            dist.all_reduce(parameter.grad)
-            parameter.grad /= self.args.world_size
+            # A stage without the term, which all processes are in.
+            if parameter.grad is not None:
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= self.args.world_size
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

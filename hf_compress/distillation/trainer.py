@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from hf_compress.distillation import losses
 from hf_compress.distillation.arguments import DistillationArguments
@@ -26,9 +26,11 @@ from hf_compress.distillation.objective import (
     step_counts,
 )
 from hf_compress.distillation.output_terms import KD, TASK, OutputSetting, chunked_values, output_values
+from hf_compress.distillation.placement import check_whole, place_teacher
+from hf_compress.distillation.processes import ProcessesMixin, check_batches
 from hf_compress.distillation.signals import Signals
 from hf_compress.distillation.staged import StageMixin
-from hf_compress.distillation.teacher_check import check_data, check_teachers, look_at_teachers
+from hf_compress.distillation.teacher_check import check_data, check_teachers, look_at_teachers, spread_rows
 from hf_compress.distillation.teachers import Teacher, check_pair, own_columns
 from hf_compress.distillation.term_log import TermLog, gradient_shares
 from hf_compress.distillation.trained_projections import ProjectionMixin
@@ -36,7 +38,7 @@ from hf_compress.modeling.blocks import find_stacks
 from hf_compress.modeling.tasks import CLASSIFICATION, forward_columns, problem_type, unwrap
 
 
-class DistillationTrainer(StageMixin, ProjectionMixin, Trainer):
+class DistillationTrainer(StageMixin, ProcessesMixin, ProjectionMixin, Trainer):
     """`transformers.Trainer` with teachers.
 
     The loss is `alpha * T^2 * KL(teacher_T || student_T) + (1 - alpha) * task loss` (Hinton et al., 2015), with the
@@ -50,9 +52,12 @@ class DistillationTrainer(StageMixin, ProjectionMixin, Trainer):
         model (`PreTrainedModel`): The student.
         args (`DistillationArguments`): Training arguments and what distillation adds to them.
         teacher (`PreTrainedModel` or a sequence of them): Fine-tuned models of the same task and label names. They are
-            moved to the training device and put in eval mode; they never train and are in no checkpoint.
+            moved to the training device, or cut in place if they are to be sharded, and put in eval mode; they never
+            train and are in no checkpoint.
         teacher_cache (`TeacherCache` or a sequence of them, *optional*): The teachers' answers, one cache per teacher.
             The teachers are then never run, and stay where they are.
+        teacher_processing_class (`PreTrainedTokenizerBase`, *optional*): The teachers' tokenizer. Needed where only
+            the padding of the vocabularies differs: the tokens that both know are then compared.
         *trainer_args, **trainer_kwargs: Forwarded to `transformers.Trainer`. A `compute_loss_func` takes the place of
             the task's loss.
 
@@ -72,6 +77,7 @@ class DistillationTrainer(StageMixin, ProjectionMixin, Trainer):
         *trainer_args: Any,
         teacher: PreTrainedModel | Sequence[PreTrainedModel],
         teacher_cache: TeacherCache | Sequence[TeacherCache] | None = None,
+        teacher_processing_class: PreTrainedTokenizerBase | None = None,
         **trainer_kwargs: Any,
     ) -> None:
         args = DistillationArguments(output_dir="tmp_trainer") if args is None else args
@@ -82,9 +88,12 @@ class DistillationTrainer(StageMixin, ProjectionMixin, Trainer):
             )
         models = check_teachers(teacher, args)
         super().__init__(model, args, *trainer_args, **trainer_kwargs)
+        if self.is_deepspeed_enabled:
+            check_whole(self.model, "The student")
         self.task = [check_pair(self.model, one) for one in models][0]
         caches = check_caches(teacher_cache, models, args)
-        check_data(self.train_dataset, models, self.model, self.processing_class)
+        tokenizers = (self.processing_class, teacher_processing_class)
+        check_data(self.train_dataset, models, self.model, tokenizers)
         self.teachers = [
             Teacher(self._place_teacher(one, cache), self.model, self.label_names, cache, cache_prefix(number))
             for number, (one, cache) in enumerate(zip(models, caches, strict=True))
@@ -92,18 +101,15 @@ class DistillationTrainer(StageMixin, ProjectionMixin, Trainer):
         self._student_inputs = forward_columns(self.model)
         self.stages = plan_stages(self.args, self.model, models)
         self.projections = self._make_projections(models)
-        self._check_scale()
+        self._prepare_processes()
         self._counts: dict[str, torch.Tensor] = {}
         self._head_is_checked = False
         self._log = TermLog()
 
     def _place_teacher(self, teacher: PreTrainedModel, cache: TeacherCache | None) -> PreTrainedModel:
-        # A quantized or dispatched teacher sits where its loader put it, and `.to` would raise; one whose answers are
-        # cached does not run.
-        # accelerate's prepare_model is not used: it would list the teacher among the models to be saved, and patch
-        # the forward of the user's model for mixed precision.
-        placed = getattr(teacher, "hf_device_map", None) or getattr(teacher, "is_quantized", False)
-        return teacher if placed or cache is not None else teacher.to(self.accelerator.device)
+        if cache is not None:
+            return teacher  # it does not run
+        return place_teacher(teacher, self.args.teacher_placement, self.accelerator, self.args.logits_chunk > 0)
 
     def _make_projections(self, models: list[PreTrainedModel]) -> nn.ModuleDict:
         terms = [term for stage in self.stages for term in stage.terms]
@@ -114,26 +120,6 @@ class DistillationTrainer(StageMixin, ProjectionMixin, Trainer):
                 projections["output"] = nn.Linear(ours, theirs)
         return projections.to(self.args.device)
 
-    def _check_scale(self) -> None:
-        if self.args.n_gpu > 1 and any(stage.terms for stage in self.stages):
-            raise ValueError(
-                f"One process on {self.args.n_gpu} devices copies the student in every step, so its hidden states "
-                "cannot be read: start with `accelerate launch`, one process per device, or leave the terms out."
-            )
-        checkpointing = self.args.activation_checkpointing_kwargs or {}
-        reads_inside = any(term.signal_kind == "qkv" for stage in self.stages for term in stage.terms)
-        if self.args.activation_checkpointing and checkpointing.get("use_reentrant") and reads_inside:
-            raise ValueError(
-                "activation_checkpointing_kwargs={'use_reentrant': True} runs each layer without a graph at first, so "
-                "its queries, keys and values would get no gradient: leave it out, or use terms on hidden states."
-            )
-        if self.projections and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise ValueError(
-                f"The terms need projections of widths ({', '.join(self.projections)}), which are no part of the "
-                "student and cannot be sharded with it: use terms that need none (relations, attention_kl, distance, "
-                "angle), a student of the teacher's width, or plain data-parallel training."
-            )
-
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         columns = own_columns(self.teachers)
@@ -142,14 +128,16 @@ class DistillationTrainer(StageMixin, ProjectionMixin, Trainer):
     def get_train_dataloader(self) -> DataLoader:
         """Batches with the cached answers of the teachers; see `Trainer.get_train_dataloader`."""
         caches = [teacher.cache for teacher in self.teachers if teacher.cache is not None]
-        if not caches:
-            return super().get_train_dataloader()
         plain = self.data_collator
-        self.data_collator = CachedCollator(plain, caches)
+        if caches:
+            self.data_collator = CachedCollator(plain, caches)
         try:
-            return super().get_train_dataloader()
+            loader = super().get_train_dataloader()
         finally:
             self.data_collator = plain
+        every_batch = self.is_fsdp_enabled or self.args.teacher_placement == "sharded"
+        check_batches(loader, self.accelerator, self.args.gradient_accumulation_steps, every_batch)
+        return loader
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
         if not batch_samples:
@@ -189,9 +177,7 @@ class DistillationTrainer(StageMixin, ProjectionMixin, Trainer):
             self._log.shares = gradient_shares(
                 {name: weights[name] * term for name, term in terms.items()}, parameters
             )
-        if self.args.world_size > 1 and not {KD, TASK} & set(terms):
-            # Every process waits for the gradients of all parameters in the outputs' graph, the task head's too.
-            loss = loss + 0.0 * next(value for value in outputs.values() if isinstance(value, torch.Tensor)).sum()
+        loss = self._reach_all(loss, outputs, tuple(terms))
         return (loss, outputs) if return_outputs else loss
 
     def _with_decoder_inputs(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -364,25 +350,15 @@ class DistillationTrainer(StageMixin, ProjectionMixin, Trainer):
             self._lengths = None
 
     def _look_at_teachers(self) -> None:
-        dataset = self.eval_dataset if isinstance(self.eval_dataset, Dataset) else self.train_dataset
-        n_rows = min(self.args.teacher_check_rows, len(dataset) if isinstance(dataset, Dataset) else 0)
-        if not n_rows or not any(stage.needs_teacher for stage in self.stages):
-            return
-        # Spread over the data, since these may be sorted by label.
-        rows = dataset.select([number * len(dataset) // n_rows for number in range(n_rows)])
-        collate = self._get_collator_with_removed_columns(self.data_collator, description="teacher check")
         caches = [teacher.cache for teacher in self.teachers if teacher.cache is not None]
-        if caches and dataset is not self.train_dataset:
-            return
-        names = ["The teacher"] if len(self.teachers) == 1 else [f"Teacher {n}" for n in range(len(self.teachers))]
-        look_at_teachers(
-            self.teachers,
-            [rows[number] for number in range(n_rows)],
-            CachedCollator(collate, caches) if caches else collate,
-            self.args.device,
-            self.accelerator.autocast,
-            names,
-        )
+        # Cached are the answers to the training data alone.
+        is_usable = isinstance(self.eval_dataset, Dataset) and not caches
+        dataset = self.eval_dataset if is_usable else self.train_dataset
+        rows = spread_rows(dataset, self.args.teacher_check_rows)
+        if rows and any(stage.needs_teacher for stage in self.stages):
+            collate = self._get_collator_with_removed_columns(self.data_collator, description="teacher check")
+            collate = CachedCollator(collate, caches) if caches else collate
+            look_at_teachers(self.teachers, rows, collate, self.args.device, self.accelerator.autocast)
 
     def _logs_after_this(self) -> bool:
         steps = self.state.logging_steps or 0

@@ -83,7 +83,10 @@ def test_accumulation_shuffling_and_resuming_cannot_misalign(tmp_path):
 
 
 def test_hidden_states_are_cached_where_they_are_asked_for(tmp_path):
-    teacher, terms = tiny_model("single-label", 2, seed=2), [TermConfig("hidden_mse"), TermConfig("pkd", layers="last")]
+    teacher, terms = (
+        tiny_model("single-label", 2, seed=2),
+        [TermConfig("hidden_mse"), TermConfig("pkd", layers="last")],
+    )
     held = build(tmp_path / "cache", "single-label", teacher, batch_size=8, signals=["hidden.encoder.2"])
     settings = {"teacher": teacher, "terms": terms, "max_steps": 3, "learning_rate": 1e-2}
     online = make_trainer("single-label", tmp_path, student=tiny_model("single-label", 1, seed=1), **settings)

@@ -10,7 +10,15 @@ import torch
 from safetensors.torch import load_file
 
 from tests.distillation import tiny
-from tests.distillation.tiny import ALL_TASKS, TASKS, make_trainer, relative_difference, step_gradients, tiny_model, tiny_rows
+from tests.distillation.tiny import (
+    ALL_TASKS,
+    TASKS,
+    make_trainer,
+    relative_difference,
+    step_gradients,
+    tiny_model,
+    tiny_rows,
+)
 
 TOLERANCE = 1e-5
 

@@ -7,6 +7,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
+from hf_compress import DistillationArguments, DistillationTrainer
 from hf_compress.distillation import losses
 from hf_compress.distillation.mixture import confidence_weights, mix_logits
 from tests.distillation import tiny
@@ -143,21 +144,26 @@ def tokenizer_of(n_tokens: int) -> PreTrainedTokenizerFast:
 
 @pytest.mark.parametrize("task", ["masked-lm", "causal-lm", "single-label"])
 def test_padding_of_the_vocabulary_is_cut_off(task, tmp_path):
-    from hf_compress import DistillationArguments, DistillationTrainer
-
-    padded, plain = tiny_model(task, 2, seed=2, vocab_size=56), tiny_model(task, 1, seed=1)
-
-    def trainer(n_tokens: int) -> DistillationTrainer:
+    def trainer(teacher_tokenizer=None) -> DistillationTrainer:
         args = DistillationArguments(str(tmp_path), report_to="none", use_cpu=True, max_steps=1, logging_steps=1,
-                                     save_strategy="no", disable_tqdm=True, teacher_check_rows=0)  # fmt: skip
+                                     save_strategy="no", disable_tqdm=True, alpha=1.0)  # fmt: skip
         return DistillationTrainer(
-            plain, args, teacher=padded, train_dataset=Dataset.from_list(tiny_rows(task)),
-            data_collator=tiny.PadCollator(), processing_class=tokenizer_of(n_tokens),
+            tiny_model(task, 1, seed=1), args, teacher=padded, train_dataset=Dataset.from_list(tiny_rows(task)),
+            data_collator=tiny.PadCollator(), processing_class=tokenizer_of(45),
+            teacher_processing_class=teacher_tokenizer,
         )  # fmt: skip
 
-    assert first_log(trainer(50))["kd_loss"] > 0
-    with pytest.raises(ValueError, match="has 56 tokens, the student 50, and the tokenizer knows 53"):
-        trainer(53)
+    padded, plain = (tiny_model(task, 2, seed=2, vocab_size=size) for size in (56, 50))
+    with torch.no_grad():
+        for name, value in plain.state_dict().items():
+            value.copy_(padded.state_dict()[name][tuple(slice(size) for size in value.shape)])
+    log = first_log(trainer(tokenizer_of(45)))
+    expected = first_log(make_trainer(task, tmp_path, plain, tiny_model(task, 1, seed=1), alpha=1.0))
+    assert log["kd_loss"] == pytest.approx(expected["kd_loss"], rel=1e-5)
+    with pytest.raises(ValueError, match="has 56 tokens, the student 50, so they may not read the same input_ids"):
+        trainer()
+    with pytest.raises(ValueError, match="their tokenizers differ"):
+        trainer(tokenizer_of(44))
 
 
 def test_a_teacher_worse_than_the_majority_is_warned_of(tmp_path, caplog):
@@ -202,11 +208,7 @@ def test_steps_with_nothing_to_learn_are_warned_of(tmp_path, caplog):
     assert log["loss"] == 0
     assert "2 of the last 2 optimizer steps had nothing to learn from" in caplog.text
     with pytest.raises(ValueError, match="0 rows"):
-        trainer = make_trainer("single-label", tmp_path)
-        type(trainer)(
-            trainer.model, trainer.args, teacher=tiny_model("single-label"),
-            train_dataset=trainer.train_dataset.select([]), data_collator=trainer.data_collator,
-        )  # fmt: skip
+        make_trainer("single-label", tmp_path, rows=[])
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jensen_shannon", "cross_entropy", "mse"])
@@ -237,8 +239,8 @@ def test_divergences_that_do_not_fit_raise(tmp_path):
 def test_embeddings_of_other_widths_are_projected(tmp_path):
     teacher = tiny_model("embeddings", 2, seed=2, hidden_size=24, num_attention_heads=4)
     for divergence in ("cosine", "mse"):
-        trainer = make_trainer("embeddings", tmp_path, teacher, divergence=divergence, max_steps=30, learning_rate=1e-2,
-                               logging_steps=10)  # fmt: skip
+        settings = {"max_steps": 30, "learning_rate": 1e-2, "logging_steps": 10}
+        trainer = make_trainer("embeddings", tmp_path, teacher, divergence=divergence, **settings)
         trainer.train()
         logs = [log["kd_loss"] for log in trainer.state.log_history if "kd_loss" in log]
         assert logs[-1] < logs[0]

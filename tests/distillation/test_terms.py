@@ -1,6 +1,7 @@
 """Terms inside the models: exact gradients, zero for equal models, layers, projections, stages, what is logged."""
 
 import copy
+import logging
 
 import pytest
 import torch
@@ -186,10 +187,12 @@ def test_clipping_counts_the_projections(tmp_path):
     assert trainer.state.log_history[0]["grad_norm"] >= norm * (1 - 1e-4)
 
 
-def test_stages_follow_each_other(tmp_path):
+def test_stages_follow_each_other(tmp_path, caplog):
     stages = [StageConfig(steps=2, terms=[TermConfig(kind="hidden_mse")], **ONLY_TERMS), StageConfig(alpha=1.0)]
     trainer = make_trainer("single-label", tmp_path, max_steps=5, stages=stages)
-    trainer.train()
+    with caplog.at_level(logging.INFO, "hf_compress"):
+        trainer.train()
+    assert "Stage 1 (2 steps): hidden_mse, layers of the encoder (student<-teacher) 1<-2." in caplog.text
     logs = trainer.state.log_history[:5]
     assert ["hidden_mse" in log for log in logs] == [True, True, False, False, False]
     assert ["kd_loss" in log for log in logs] == [False, False, True, True, True]
