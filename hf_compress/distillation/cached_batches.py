@@ -46,7 +46,7 @@ def cache_prefix(number: int) -> str:
     Returns:
         `str`: `"cached_"` for the first.
     """
-    return "cached_" if number == 0 else f"cached_{number}_"
+    return "cached_" if number == 0 else f"cached{number}_"
 
 
 def check_caches(

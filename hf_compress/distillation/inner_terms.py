@@ -10,6 +10,7 @@ from torch import nn
 from hf_compress.distillation import inner_losses as formulas
 from hf_compress.distillation.arguments import TermConfig
 from hf_compress.distillation.layer_map import map_layers
+from hf_compress.distillation.objective import embed
 from hf_compress.distillation.signals import Signals, signal_name
 from hf_compress.modeling.blocks import Attention, check_stack, count_layers, find_blocks, find_stacks
 from hf_compress.modeling.projections import out_width
@@ -263,8 +264,8 @@ def _hidden(formula: Callable) -> Callable:
 
 
 def _first_token(term, pair, ours, theirs, projections, masks):
-    ours = _projected(term, pair, ours[:, 0], projections)
-    return formulas.normalized_squared_error(ours, theirs[:, 0])
+    ours, theirs = _embeddings(ours, theirs, masks, "cls")
+    return formulas.normalized_squared_error(_projected(term, pair, ours, projections), theirs)
 
 
 def _attention_map(formula: Callable) -> Callable:
@@ -288,23 +289,22 @@ def _relations(term, pair, ours, theirs, projections, masks):
 
 def _between_texts(formula: Callable) -> Callable:
     def compute(term, pair, ours, theirs, projections, masks):
-        ours, theirs = _pooled(ours, masks.student), _pooled(theirs, masks.teacher)
-        return formula(_projected(term, pair, ours, projections), theirs)
+        return formula(*_embeddings(ours, theirs, masks, "mean"))
 
     return compute
 
 
 def _contrastive(term, pair, ours, theirs, projections, masks):
-    ours, theirs = _pooled(ours, masks.student), _pooled(theirs, masks.teacher)
+    ours, theirs = _embeddings(ours, theirs, masks, "mean")
     return formulas.contrastive(_projected(term, pair, ours, projections), theirs, term.config.temperature)
 
 
-def _pooled(hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    hidden = hidden.float()
-    if mask is None:
-        return hidden.mean(1)
-    weights = mask.float()[..., None]
-    return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
+def _embeddings(ours: torch.Tensor, theirs: torch.Tensor, masks: Masks, pooling: str) -> list[torch.Tensor]:
+    """Each text as one vector; all tokens count where there is no mask, as for images."""
+    return [
+        embed(hidden, hidden.new_ones(hidden.shape[:2], dtype=torch.bool) if mask is None else mask, pooling)
+        for hidden, mask in ((ours, masks.student), (theirs, masks.teacher))
+    ]
 
 
 def _key_mask(mask: torch.Tensor | None, keys: torch.Tensor) -> torch.Tensor:

@@ -78,9 +78,10 @@ def unreached(loss: torch.Tensor, parameters: Sequence[nn.Parameter]) -> list[nn
 class ProcessesMixin:
     """What a `Trainer` does so that several processes train as one would.
 
-    Where each process has a copy of the model, the copies wait for the gradients of all parameters of their outputs. A
-    loss that leaves some out has to name them with the factor 0, and the zeros that they get have to be taken away
-    again: an optimizer skips what has no gradient, but would decay what has one of 0, and count the step.
+    Copies of a model wait for the gradients of all parameters of their outputs, and FSDP gathers a block's weights when
+    the gradient of its output arrives. A loss that leaves outputs out has to name them with the factor 0. The zeros
+    that a copy's parameters get so are taken away again: an optimizer skips what has no gradient, but would decay what
+    has one of 0, and count the step.
     """
 
     stages: list[Stage]
@@ -126,16 +127,18 @@ class ProcessesMixin:
         return bool(self.args.activation_checkpointing and kwargs.get("use_reentrant"))
 
     def _reach_all(self, loss: torch.Tensor, outputs: Mapping[str, Any], names: tuple[str, ...]) -> torch.Tensor:
-        """A loss whose graph holds all outputs, where a copy of the model would else wait for them."""
-        if self.args.world_size == 1 or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        """A loss whose graph holds all outputs, where what wraps the model would else wait for them."""
+        is_replicated = self.args.world_size > 1 and not self.is_fsdp_enabled and not self.is_deepspeed_enabled
+        finds_unused = not is_replicated or self.accelerator.ddp_handler.find_unused_parameters
+        is_wrapped = self.args.world_size > 1 or self.is_fsdp_enabled
+        if not is_wrapped or ({KD, TASK} & set(names) and finds_unused):
             return loss
-        if self.accelerator.ddp_handler.find_unused_parameters and {KD, TASK} & set(names):
-            return loss
-        if names not in self._unreached:
-            parameters = [p for p in self.model.parameters() if p.requires_grad]
-            # Re-entrant checkpointing hides what a layer depends on.
-            self._unreached[names] = [] if self._is_reentrant else unreached(loss, parameters)
-        self._idle = self._unreached[names]
+        if is_replicated:
+            if names not in self._unreached:
+                parameters = [p for p in self.model.parameters() if p.requires_grad]
+                # Re-entrant checkpointing hides what a layer depends on.
+                self._unreached[names] = [] if self._is_reentrant else unreached(loss, parameters)
+            self._idle = self._unreached[names]
         tensors = [value for value in outputs.values() if isinstance(value, torch.Tensor) and value.requires_grad]
         return loss + sum(0.0 * value.flatten()[0] for value in tensors)
 

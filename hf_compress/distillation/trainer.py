@@ -1,6 +1,7 @@
 """A Trainer whose student also learns from one teacher or several."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from hf_compress.distillation.cache import TeacherCache
 from hf_compress.distillation.cached_batches import CachedCollator, cache_prefix, check_caches
 from hf_compress.distillation.chunked import bypassed_head, check_head
 from hf_compress.distillation.curriculum import plan_stages
+from hf_compress.distillation.efficiency import check_embeddings, plain_attention_pays, training_shortcuts
 from hf_compress.distillation.inner_terms import Masks, compute_term, hidden_width, make_projections
 from hf_compress.distillation.objective import (
     LANGUAGE_MODELS,
@@ -98,6 +100,8 @@ class DistillationTrainer(StageMixin, ProcessesMixin, ProjectionMixin, Trainer):
             Teacher(self._place_teacher(one, cache), self.model, self.label_names, cache, cache_prefix(number))
             for number, (one, cache) in enumerate(zip(models, caches, strict=True))
         ]
+        if self.args.freeze_embeddings:
+            check_embeddings(self.model)
         self._student_inputs = forward_columns(self.model)
         self.stages = plan_stages(self.args, self.model, models)
         self.projections = self._make_projections(models)
@@ -344,10 +348,21 @@ class DistillationTrainer(StageMixin, ProcessesMixin, ProjectionMixin, Trainer):
         self._log.reset()
         self._look_at_teachers()
         try:
-            return super()._inner_training_loop(*args, **kwargs)
+            with self._shortcuts():
+                return super()._inner_training_loop(*args, **kwargs)
         finally:
             self._leave_stages()
             self._lengths = None
+
+    def _shortcuts(self) -> AbstractContextManager:
+        dtype = torch.bfloat16 if self.args.bf16 else None
+        pays = self.args.plain_attention == "auto" and plain_attention_pays(self.model, dtype)
+        return training_shortcuts(
+            self.model,
+            dropout=self.args.dropout,
+            freeze_embeddings=self.args.freeze_embeddings,
+            plain_attention=pays or self.args.plain_attention == "on",
+        )
 
     def _look_at_teachers(self) -> None:
         caches = [teacher.cache for teacher in self.teachers if teacher.cache is not None]

@@ -84,6 +84,9 @@ def test_replacement_alone_keeps_the_number_of_words_and_draws_from_the_texts():
     lengths = [len(text.split()) for text in TEXTS for _ in range(20)]
     assert [len(copy.split()) for copy in copies] == lengths
     assert set(words_of(copies)) <= set(words_of(TEXTS))
+    two = Dataset.from_dict({"text": ["rare", "words"]})
+    copies = copies_of(two, label_column=None, copies=50, word_dropout=0.0, word_replacement=1.0)["text"]
+    assert set(copies[:50]) == set(copies[50:]) == {"rare", "words"}
 
 
 def test_shares_and_frequencies_are_those_asked_for():
