@@ -232,15 +232,15 @@ class DistillationArguments(TrainingArguments):
     dropout: float | None = field(
         default=None,
         metadata={
-            "help": "Dropout of the student while it is trained, in [0, 1). 0 draws no random numbers, and soft targets "
-            "regularize already. By default the student's own; what is saved has its own in any case."
+            "help": "Dropout of the student while it is trained, in [0, 1). 0 draws no random numbers, and soft "
+            "targets regularize already. By default the student's own; what is saved has its own in any case."
         },
     )
     plain_attention: Literal["off", "auto", "on"] = field(
         default="off",
         metadata={
-            "help": "Whether the student trains with attention as plain products. On a CPU in bf16 that is faster than "
-            "the fused kernel for texts below some 500 tokens: auto does it there. Other results to the last digits."
+            "help": "Whether the student trains with attention as plain products. On a CPU in bf16 that is faster "
+            "than the fused kernel for texts below some 500 tokens: auto does it there. Results differ by rounding."
         },
     )
     freeze_embeddings: bool = field(

@@ -25,6 +25,7 @@ LANGUAGE_MODELS = ("masked-lm", "causal-lm", "seq2seq-lm")
 
 # A batch's column of this prefix is for the teacher alone; see `tokenizers.py`.
 OWN = "teacher_"
+POSITIONS = f"{OWN}positions"
 
 
 class Items(NamedTuple):
@@ -69,15 +70,16 @@ def items_of(
         labels, label_mask, class_mask = _answers(batch)
         logits = torch.cat([outputs["start_logits"], outputs["end_logits"]])
         return Items(logits, labels, None, label_mask, class_mask)
-    labels, mask, logits = batch.get("labels"), token_mask(task, batch), outputs["logits"]
+    labels, label_mask, logits = batch.get("labels"), token_mask(task, batch), outputs["logits"]
     if task == "causal-lm":
         logits, labels = logits[:, :-1], labels[:, 1:] if labels is not None else None
-    logits, mask = logits.flatten(0, 1), mask.flatten()
+    mask = _taught(label_mask, batch).flatten()
+    logits, label_mask = logits.flatten(0, 1), label_mask.flatten()
     labels = labels.flatten() if labels is not None else None
     if task == "masked-lm" and logits.device.type == "cpu":
         rows = mask.nonzero().squeeze(-1)
         return Items(logits[rows], labels[rows] if labels is not None else None)
-    return Items(logits, labels, mask, mask)
+    return Items(logits, labels, mask, label_mask)
 
 
 def embed(hidden: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
@@ -113,9 +115,6 @@ def token_mask(task: str, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return decoder_mask(batch)
     attention = attention_mask(batch)
     mask = batch["labels"] != IGNORED if "labels" in batch else attention
-    if "teacher_positions" in batch:
-        # A word that the teacher's truncation cut off has no soft target.
-        mask = mask & (batch["teacher_positions"] >= 0)
     return mask[:, 1:] & attention[:, :-1] if task == "causal-lm" else mask
 
 
@@ -167,7 +166,8 @@ def step_counts(task: str, batch: Mapping[str, torch.Tensor]) -> dict[str, torch
         counts["items"] = 2 * rows
         counts["labelled"] = 2 * rows if label_mask is None else label_mask.sum()
     elif task != "feature-extraction":
-        counts["items"] = counts["labelled"] = token_mask(task, batch).sum()
+        mask = token_mask(task, batch)
+        counts["items"], counts["labelled"] = _taught(mask, batch).sum(), mask.sum()
     if task == "seq2seq-lm":
         counts["decoder_tokens"] = decoder_mask(batch).sum()
     return counts
@@ -208,6 +208,11 @@ def _inputs(batch: Mapping[str, Any]) -> torch.Tensor:
         if name in batch:
             return batch[name]
     raise ValueError(f"The batch has the columns {sorted(batch)}, but no input_ids, inputs_embeds or pixel_values.")
+
+
+def _taught(mask: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The tokens of a mask that the teacher says something of: not those that its own truncation cut off."""
+    return mask & (batch[POSITIONS] >= 0) if POSITIONS in batch else mask
 
 
 def _example_labels(batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor | None, torch.Tensor | None]:

@@ -9,7 +9,15 @@ from torch import nn
 
 from hf_compress.distillation.cache import TeacherCache
 from hf_compress.distillation.chunked import bypassed_head
-from hf_compress.distillation.objective import LANGUAGE_MODELS, OWN, TASKS, attention_mask, items_of, teacher_inputs
+from hf_compress.distillation.objective import (
+    LANGUAGE_MODELS,
+    OWN,
+    POSITIONS,
+    TASKS,
+    attention_mask,
+    items_of,
+    teacher_inputs,
+)
 from hf_compress.distillation.signals import Probe, Signals
 from hf_compress.distillation.tokenizers import gather_positions, is_same_vocabulary
 from hf_compress.modeling.tasks import (
@@ -19,8 +27,6 @@ from hf_compress.modeling.tasks import (
     shared_task,
     unwrap,
 )
-
-_POSITIONS = "teacher_positions"
 
 
 class Targets(NamedTuple):
@@ -152,8 +158,8 @@ class Teacher:
                 "The batch has teacher_input_ids, but answers are positions in a text, which another tokenizer counts "
                 "differently: give a teacher with the student's tokenizer."
             )
-        if self.task == "token-classification" and _POSITIONS in batch:
-            signals = {**signals, "logits": gather_positions(signals["logits"], batch[_POSITIONS])}
+        if self.task == "token-classification" and POSITIONS in batch:
+            signals = {**signals, "logits": gather_positions(signals["logits"], batch[POSITIONS])}
         logits = items_of(self.task, signals, batch, pooling).logits
         if is_chunked:
             return Targets(logits, head=unwrap(self.model).get_output_embeddings())
@@ -285,4 +291,4 @@ def own_columns(teachers: Sequence[Teacher]) -> list[str]:
         `list[str]`: Plain and prefixed names.
     """
     plain = set().union(*(teacher.columns for teacher in teachers))
-    return sorted(plain | {OWN + name for name in plain} | {_POSITIONS})
+    return sorted(plain | {OWN + name for name in plain} | {POSITIONS})

@@ -9,11 +9,9 @@ import torch
 from datasets import Dataset, LargeList, List, Value
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
-logger = logging.getLogger(__name__)
+from hf_compress.distillation.objective import OWN, POSITIONS
 
-# What a column begins with that is for the teacher alone.
-PREFIX = "teacher_"
-POSITIONS = "teacher_positions"
+logger = logging.getLogger(__name__)
 
 # Tokenizers without a limit claim one of about 1e30 tokens.
 _NO_LIMIT = 10**20
@@ -56,7 +54,7 @@ def add_teacher_inputs(
             what the student's tokenizer makes of the words.
     """
     check_dataset(dataset, "add_teacher_inputs(splits['train'], ...)")
-    there = [name for name in dataset.column_names if name.startswith(PREFIX)]
+    there = [name for name in dataset.column_names if name.startswith(OWN)]
     if there:
         raise ValueError(
             f"The data set already has the columns {there}, which would be mixed with the new ones: call "
@@ -116,32 +114,32 @@ class TeacherCollator:
             ValueError: if only some rows have the teacher's columns, or the student's tokens cannot be found again in
                 the collated batch.
         """
-        own = [{name: value for name, value in row.items() if name.startswith(PREFIX)} for row in rows]
-        others = [{name: value for name, value in row.items() if not name.startswith(PREFIX)} for row in rows]
+        own = [{name: value for name, value in row.items() if name.startswith(OWN)} for row in rows]
+        others = [{name: value for name, value in row.items() if not name.startswith(OWN)} for row in rows]
         batch = dict(self.collator(others))
         if not any(own):
             return batch
         names = {frozenset(row) for row in own}
-        if len(names) > 1 or f"{PREFIX}input_ids" not in own[0]:
+        if len(names) > 1 or f"{OWN}input_ids" not in own[0]:
             raise ValueError(
                 f"The rows of a batch have the columns {sorted(map(sorted, names))} for the teacher, but each needs "
                 "the same ones, with teacher_input_ids: make them with add_teacher_inputs for the whole data set."
             )
         positions = [row.pop(POSITIONS) for row in own] if POSITIONS in own[0] else None
-        padded = self._pad([{name.removeprefix(PREFIX): value for name, value in row.items()} for row in own])
-        batch |= {PREFIX + name: value for name, value in padded.items()}
+        padded = self._pad([{name.removeprefix(OWN): value for name, value in row.items()} for row in own])
+        batch |= {OWN + name: value for name, value in padded.items()}
         if positions is not None:
             batch[POSITIONS] = self._batch_positions(positions, others, own, batch)
         return batch
 
     def _batch_positions(self, positions, others, own, batch) -> torch.Tensor:
-        teacher_length = batch[f"{PREFIX}input_ids"].shape[1]
+        teacher_length = batch[f"{OWN}input_ids"].shape[1]
         pads_left = self.teacher_tokenizer.padding_side == "left"
         padded = torch.full_like(batch["input_ids"], -1)
         for number, row in enumerate(others):
             found = torch.as_tensor(positions[number])
             if pads_left:
-                found = torch.where(found >= 0, found + teacher_length - len(own[number][f"{PREFIX}input_ids"]), -1)
+                found = torch.where(found >= 0, found + teacher_length - len(own[number][f"{OWN}input_ids"]), -1)
             start = _start_of(torch.as_tensor(row["input_ids"]), batch["input_ids"][number])
             padded[number, start : start + len(found)] = found
         return padded
@@ -300,7 +298,7 @@ def _texts_encoder(tokenizer: PreTrainedTokenizerBase, columns: list[str], optio
         for column in columns:
             check_no_gaps(rows[column], column, indices)
         encoded = tokenizer(*(rows[column] for column in columns), **options)
-        return {PREFIX + name: value for name, value in encoded.items()}
+        return {OWN + name: value for name, value in encoded.items()}
 
     return encode
 
@@ -322,7 +320,7 @@ def _words_encoder(
             if whole["input_ids"][number] != ids:
                 ours = _word_ids(student_tokenizer, words[number], ids, indices[number])
             positions.append(_align(ours, encoded.word_ids(number)))
-        return {**{PREFIX + name: value for name, value in encoded.items()}, POSITIONS: positions}
+        return {**{OWN + name: value for name, value in encoded.items()}, POSITIONS: positions}
 
     return encode
 

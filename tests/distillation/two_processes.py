@@ -8,21 +8,18 @@ Leaves FOLDER/differences.json: by case, the relative differences of gradients, 
 import gc
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import torch
 from accelerate import debug_launcher
 from accelerate.state import PartialState
-from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
-from transformers import Trainer
 
 from hf_compress import StageConfig, TeacherCache, TermConfig
-from tests.distillation.process_facts import FACTS
+from tests.distillation.process_facts import FACTS, FSDP, sharding_on_a_cpu, weights_of, whole
 from tests.distillation.tiny import (
     ALL_TASKS,
     GradientRecorder,
@@ -142,24 +139,7 @@ class _Recorder(GradientRecorder):
             for name, value in self.projections.named_parameters()
             if value.grad is not None
         }
-        self.gradients = {name: _whole(value) for name, value in self.gradients.items()}
-
-
-def _whole(value: torch.Tensor) -> torch.Tensor:
-    return (value.full_tensor() if isinstance(value, DTensor) else value).clone()
-
-
-@contextmanager
-def sharding_on_a_cpu() -> Iterator[None]:
-    """accelerate ignores FSDP on a CPU, where PyTorch has it: let it believe that there are several accelerators."""
-    create = Trainer.create_accelerator_and_postprocess
-
-    def create_with_accelerators(trainer: Trainer) -> None:
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-        create(trainer)
-
-    with patch.object(Trainer, "create_accelerator_and_postprocess", create_with_accelerators):
-        yield
+        self.gradients = {name: whole(value) for name, value in self.gradients.items()}
 
 
 def run(name: str, folder: Path, is_alone: bool) -> dict[str, Any]:
@@ -170,7 +150,7 @@ def run(name: str, folder: Path, is_alone: bool) -> dict[str, Any]:
     if is_alone:
         settings.pop("teacher_placement", None)
     elif case.is_sharded:
-        settings |= {"fsdp": True, "fsdp_config": {"version": 2}}
+        settings |= FSDP
     rows = tiny_rows(case.task)
     recorder = _Recorder()
     with sharding_on_a_cpu() if case.is_sharded and not is_alone else nullcontext():
@@ -189,9 +169,8 @@ def run(name: str, folder: Path, is_alone: bool) -> dict[str, Any]:
     if not is_alone:
         assert trainer.args.world_size == 2
         assert any(isinstance(value, DTensor) for value in trainer.model.parameters()) == case.is_sharded
-    weights = {n: _whole(p.detach()) for n, p in (*trainer.model.named_parameters(), *trainer.projections.named_parameters())}
-    gradients = {n.removeprefix("module."): value for n, value in recorder.gradients.items()}
-    return {"gradients": gradients, "weights": weights, "logs": trainer.state.log_history[:2]}
+    gradients = {name.removeprefix("module."): value for name, value in recorder.gradients.items()}
+    return {"gradients": gradients, "weights": weights_of(trainer), "logs": trainer.state.log_history[:2]}
 
 
 def in_two(folder: Path, names: list[str]) -> None:
@@ -231,5 +210,8 @@ if __name__ == "__main__":
     debug_launcher(in_two, (folder, names), num_processes=2)
     together, facts = torch.load(folder / "found.pt")
     gc.freeze()
-    differences = {name: compare(found, run(name, folder, is_alone=True), CASES[name].is_sharded) for name, found in together.items()}
+    differences = {
+        name: compare(found, run(name, folder, is_alone=True), CASES[name].is_sharded)
+        for name, found in together.items()
+    }
     (folder / "differences.json").write_text(json.dumps({"differences": differences, "facts": facts}, indent=1))
