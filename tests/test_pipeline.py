@@ -323,3 +323,54 @@ def test_jobs_that_contradict_themselves(options, message):
 def test_layers_of_a_job():
     assert DistillJob("m", "d", 3, layers=" 0, 2,5").student_config().layers == [0, 2, 5]
     assert DistillJob("m", "d", 3).student_config().layers == "spread"
+
+
+# Other students, more rows, and the teacher's answers
+
+
+def test_a_cached_teacher_teaches_the_same(inputs, tmp_path):
+    weights = []
+    for cached in (True, False):
+        output = tmp_path / str(cached)
+        # One batch of all rows, so that the teacher reads the same batches either way.
+        arguments = tiny_arguments(output, per_device_train_batch_size=24, train_sampling_strategy="sequential")
+        distill(tiny_job(inputs, cache_teacher=cached), arguments)
+        assert not (output / "teacher-cache").exists()
+        weights.append(load_file(output / "student" / "model.safetensors"))
+    for name, value in weights[0].items():
+        torch.testing.assert_close(value, weights[1][name], rtol=1e-3, atol=1e-4)
+
+
+def test_narrow_students_of_noisy_copies(inputs, tmp_path):
+    job = tiny_job(
+        inputs, baseline=True, augment_copies=2, student_hidden_size=8, student_intermediate_size=16, student_heads=1
+    )
+    report = distill(job, tiny_arguments(tmp_path / "run"))
+    widths = [
+        json.loads((tmp_path / "run" / name / "config.json").read_text())["hidden_size"]
+        for name in ("student", "student-alone")
+    ]
+    assert widths == [8, 8]
+    assert report["models"][1]["cost"]["parameters"]["total"] < report["models"][0]["cost"]["parameters"]["total"]
+    assert np.isfinite(report["models"][1]["quality"]["compressed"])
+
+
+def test_terms_and_stages_run_from_the_job(inputs, tmp_path):
+    stages = [{"epochs": 1, "alpha": 0.0, "task_weight": 0.0, "terms": [{"kind": "hidden_mse"}]}, {"alpha": 1.0}]
+    report = distill(tiny_job(inputs), tiny_arguments(tmp_path / "run", stages=json.dumps(stages)))
+    assert np.isfinite(report["models"][1]["quality"]["compressed"])
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["stages"][0]["epochs"] == 1
+
+
+@pytest.mark.parametrize(
+    ("job", "message"),
+    [
+        ({"augment_copies": -1}, "augment_copies=-1 is below 0"),
+        ({"student_hidden_size": 9}, "9"),
+        ({"student_heads": 5}, "5"),
+    ],
+)
+def test_impossible_students_raise_before_training(job, message, inputs, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        distill(tiny_job(inputs, **job), tiny_arguments(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
