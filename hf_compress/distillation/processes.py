@@ -78,10 +78,10 @@ def unreached(loss: torch.Tensor, parameters: Sequence[nn.Parameter]) -> list[nn
 class ProcessesMixin:
     """What a `Trainer` does so that several processes train as one would.
 
-    Copies of a model wait for the gradients of all parameters of their outputs, and FSDP gathers a block's weights when
-    the gradient of its output arrives. A loss that leaves outputs out has to name them with the factor 0. The zeros
-    that a copy's parameters get so are taken away again: an optimizer skips what has no gradient, but would decay what
-    has one of 0, and count the step.
+    Copies of a model wait for the gradients of all parameters of their outputs, and FSDP gathers a block's weights
+    when the gradient of its output arrives. A loss that leaves outputs out has to name them with the factor 0. The
+    zeros that a copy's parameters get so are taken away again: an optimizer skips what has no gradient, but would
+    decay what has one of 0, and count the step.
     """
 
     stages: list[Stage]
@@ -106,6 +106,12 @@ class ProcessesMixin:
             raise ValueError(
                 "activation_checkpointing_kwargs={'use_reentrant': True} runs each layer without a graph at first, so "
                 "its queries, keys and values would get no gradient: leave it out, or use terms on hidden states."
+            )
+        if self.is_deepspeed_enabled and self.args.logits_chunk:
+            raise ValueError(
+                f"logits_chunk={self.args.logits_chunk} applies the output layer once per chunk, and DeepSpeed would "
+                "gather its weights each time in all processes, which have different numbers of chunks: set "
+                "logits_chunk=0, or train with FSDP or data-parallel."
             )
         if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
             return
@@ -146,6 +152,8 @@ class ProcessesMixin:
         # The last thing before the optimizer, whether or not gradients are clipped.
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         for parameter in self._idle:
-            parameter.grad = None
+            # A layer that is dropped at random may have been part of another process's loss.
+            if parameter.grad is not None and not parameter.grad.any():
+                parameter.grad = None
         self._idle = []
         return grad_norm

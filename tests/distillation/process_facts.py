@@ -17,7 +17,10 @@ from transformers import Trainer
 from hf_compress import TermConfig
 from tests.distillation.tiny import PadCollator, make_trainer, tiny_model, tiny_rows
 
-FSDP = {"fsdp": True, "fsdp_config": {"version": 2}}
+
+def fsdp_settings() -> dict[str, Any]:
+    """Training arguments, which change what they are given."""
+    return {"fsdp": True, "fsdp_config": {"version": 2}}
 
 
 @contextmanager
@@ -56,7 +59,7 @@ def _largest_difference(first: dict[str, torch.Tensor], second: dict[str, torch.
 def _trained(folder: Path, resume: Path | None = None, is_sharded: bool = False) -> Trainer:
     """Four steps with dropout in random order, saved after two."""
     student = tiny_model("single-label", 1, seed=1, hidden_dropout_prob=0.1)
-    settings = dict(FSDP, fsdp_config={"version": 2}) if is_sharded else {}
+    settings = fsdp_settings() if is_sharded else {}
     teacher = tiny_model("single-label", 2, seed=2) if is_sharded else _wide_teacher()
     with sharding_on_a_cpu() if is_sharded else nullcontext():
         trainer = make_trainer(
@@ -136,8 +139,8 @@ def refusals(folder: Path) -> dict[str, str]:
             "teacher_placement": "sharded",
         },
         "placed teacher": {"teacher": placed, "teacher_placement": "sharded"},
-        "projections": {"teacher": _wide_teacher(), "terms": [TermConfig("hidden_mse")], **FSDP},
-        "shares": {"log_gradient_shares": True, **FSDP},
+        "projections": {"teacher": _wide_teacher(), "terms": [TermConfig("hidden_mse")], **fsdp_settings()},
+        "shares": {"log_gradient_shares": True, **fsdp_settings()},
     }
     messages = {}
     for name, settings in asked.items():

@@ -1,13 +1,6 @@
 """The gradient of an optimizer step is one thing, however the step is cut into batches and processes."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from tests.distillation import tiny
 from tests.distillation.tiny import (
@@ -62,22 +55,3 @@ def test_equal_models_teach_each_other_nothing(task, tmp_path):
     trainer.train()
     assert abs(trainer.state.log_history[0]["kd_loss"]) <= 1e-6
     assert max(gradient.abs().max() for gradient in recorder.gradients.values()) <= 1e-6
-
-
-def test_two_processes_have_the_gradient_of_one(tmp_path):
-    folder = Path(__file__).parent
-    command = [sys.executable, str(folder / "two_processes.py"), str(tmp_path)]
-    root = str(folder.parent.parent)
-    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, check=True, env=environment, cwd=root, capture_output=True, text=True, timeout=240)
-    for task in TASKS:
-        single = step_gradients(task, tmp_path / "one", batch_size=8, accumulation=1)
-        for name in ("4x1", "2x2"):
-            assert relative_difference(single, load_file(tmp_path / f"{task}-{name}.safetensors")) <= TOLERANCE
-        single_log = load_file(tmp_path / f"{task}-log.safetensors")
-        trainer = make_trainer(task, tmp_path / "log", per_device_train_batch_size=8)
-        trainer.train()
-        for name in ("loss", "kd_loss", "task_loss"):
-            torch.testing.assert_close(
-                single_log[name].item(), trainer.state.log_history[0][name], rtol=1e-4, atol=1e-6
-            )

@@ -107,7 +107,7 @@ def tiny_rows(task: str) -> list[dict]:
 class PadCollator:
     """Pads every column of token level; the tokenizer-free stand-in for Transformers' collators."""
 
-    padding = {"input_ids": 0, "attention_mask": 0, "token_type_ids": 0, "labels": -100}
+    padding = {"input_ids": 0, "attention_mask": 0, "token_type_ids": 0, "decoder_input_ids": 0, "labels": -100}
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         batch = {}

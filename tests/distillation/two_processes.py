@@ -19,7 +19,7 @@ from accelerate.state import PartialState
 from torch.distributed.tensor import DTensor
 
 from hf_compress import StageConfig, TeacherCache, TermConfig
-from tests.distillation.process_facts import FACTS, FSDP, sharding_on_a_cpu, weights_of, whole
+from tests.distillation.process_facts import FACTS, fsdp_settings, sharding_on_a_cpu, weights_of, whole
 from tests.distillation.tiny import (
     ALL_TASKS,
     GradientRecorder,
@@ -150,7 +150,7 @@ def run(name: str, folder: Path, is_alone: bool) -> dict[str, Any]:
     if is_alone:
         settings.pop("teacher_placement", None)
     elif case.is_sharded:
-        settings |= FSDP
+        settings |= fsdp_settings()
     rows = tiny_rows(case.task)
     recorder = _Recorder()
     with sharding_on_a_cpu() if case.is_sharded and not is_alone else nullcontext():
@@ -177,11 +177,7 @@ def in_two(folder: Path, names: list[str]) -> None:
     """The part of both processes; the first writes down what it found."""
     # Trainer collects garbage, which copies all that the processes still share.
     gc.freeze()
-    found = {}
-    for name in names:
-        if name in CASES:
-            print(name, flush=True)
-            found[name] = run(name, folder, is_alone=False)
+    found = {name: run(name, folder, is_alone=False) for name in names if name in CASES}
     facts = {name: FACTS[name](folder) for name in names if name in FACTS}
     if PartialState().is_main_process:
         torch.save((found, facts), folder / "found.pt")
