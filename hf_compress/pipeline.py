@@ -105,11 +105,11 @@ def distill(
         train_once(output / TEACHER, lambda work: _teacher_trainer(job, args, material, options, work))
     teacher = str(output / TEACHER) if job.teacher_epochs > 0 else job.model
     train_once(output / STUDENT, lambda work: _student_trainer(job, args, material, options, teacher, work))
-    if args.process_index == 0:
+    if args.process_index == 0 and _is_cached(job, args):
         shutil.rmtree(output / CACHE, ignore_errors=True)
     if job.baseline:
         # As many steps as the student with its teacher, on the rows that have labels.
-        epochs = args.num_train_epochs * (1 + job.augment_copies)
+        epochs = args.num_train_epochs * (1 + job.augment_copies if _is_taught(args) else 1)
         alone = _changed(args, alpha=0.0, end_alpha=None, alpha_schedule="constant", num_train_epochs=epochs)
         alone = _changed(alone, terms=[], stages=[])
         train_once(output / BASELINE, lambda work: _student_trainer(job, alone, material, options, teacher, work))
@@ -239,8 +239,8 @@ def _teacher_trainer(job: DistillJob, args: DistillationArguments, material: Mat
 def _student_trainer(
     job: DistillJob, args: DistillationArguments, material: Material, options, teacher_path: str, work: Path
 ) -> DistillationTrainer:
-    how = "with its teacher" if args.alpha > 0 else "without its teacher"
-    rows = material.copies if args.alpha > 0 else material.train
+    how = "with its teacher" if _is_taught(args) else "without its teacher"
+    rows = material.copies if _is_taught(args) else material.train
     logger.info("Training the student %s on %d rows.", how, len(rows))
     set_seed(args.seed)
     teacher = AutoModelForSequenceClassification.from_pretrained(teacher_path, **options)
@@ -256,9 +256,7 @@ def _student_trainer(
 
 
 def _cache(job: DistillJob, args: DistillationArguments, teacher, rows: Dataset, tokenizer) -> TeacherCache | None:
-    # What is imitated inside the teacher takes hundreds of times the room of its answers.
-    looks_inside = args.terms or any(stage.terms for stage in args.stages)
-    if not job.cache_teacher or args.alpha == 0 or looks_inside:
+    if not _is_cached(job, args):
         return None
     return TeacherCache.build(
         Path(args.output_dir) / CACHE,
@@ -267,6 +265,20 @@ def _cache(job: DistillJob, args: DistillationArguments, teacher, rows: Dataset,
         processing_class=tokenizer,
         autocast_dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
     )
+
+
+def _is_taught(args: DistillationArguments) -> bool:
+    alphas = (args.alpha, args.end_alpha, *(stage.alpha for stage in args.stages))
+    return any(alpha for alpha in alphas) or _looks_inside(args)
+
+
+def _looks_inside(args: DistillationArguments) -> bool:
+    return bool(args.terms or any(stage.terms for stage in args.stages))
+
+
+def _is_cached(job: DistillJob, args: DistillationArguments) -> bool:
+    # What is imitated inside the teacher takes hundreds of times the room of its answers.
+    return job.cache_teacher and _is_taught(args) and not _looks_inside(args)
 
 
 def measure(job: DistillJob, args: DistillationArguments, material: Material, teacher_path: str) -> dict[str, Any]:

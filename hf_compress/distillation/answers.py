@@ -1,5 +1,7 @@
 """What a cache stores of a teacher's forward pass: which tensors, of which positions, in which numbers."""
 
+import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -18,6 +20,7 @@ from hf_compress.distillation.objective import (
     decoder_mask,
     embed,
     teacher_inputs,
+    with_decoder_inputs,
 )
 from hf_compress.distillation.signals import Probe, split_name
 from hf_compress.modeling.tasks import CLASSIFICATION, IGNORED, unwrap
@@ -85,6 +88,18 @@ class Answers:
             arrays[f"{name}.offsets"] = np.concatenate([[0], np.cumsum(each)]).astype(np.int64)
         return arrays
 
+    def digest(self, rows: Sequence[Mapping[str, Any]]) -> str:
+        """A hash of rows, in their order.
+
+        Args:
+            rows (sequence of rows): A sample.
+
+        Returns:
+            `str`: 32 hexadecimal digits.
+        """
+        keys = b"".join(example_keys(*key_columns(self.settings, self._batch(rows))))
+        return hashlib.blake2b(keys, digest_size=KEY_BYTES).hexdigest()
+
     def bytes_per_row(self, rows: Sequence[Mapping[str, Any]]) -> float:
         """How much a row takes on average, found by asking about one of them.
 
@@ -98,7 +113,7 @@ class Answers:
         masks = answer_masks(self.settings, self._batch(rows))
         total = float(KEY_BYTES)
         for name, mask in masks.items():
-            width = arrays[name].nbytes / max(len(arrays[name]), 1)
+            width = arrays[name].itemsize * math.prod(arrays[name].shape[1:])
             total += width if mask is None else 8 + width * mask.sum().item() / len(rows)
         return total
 
@@ -111,10 +126,8 @@ class Answers:
     def _run(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         model, task = self.teacher, self.settings.task
         device = next(model.parameters()).device
-        inputs = {n: v.to(device) for n, v in teacher_inputs(batch, self.settings.columns).items()}
-        if task == "seq2seq-lm" and "decoder_input_ids" not in inputs and "labels" in batch:
-            labels = batch["labels"].to(device)
-            inputs["decoder_input_ids"] = unwrap(model).prepare_decoder_input_ids_from_labels(labels=labels)
+        decoding = with_decoder_inputs(task, model, batch)
+        inputs = {n: v.to(device) for n, v in teacher_inputs(decoding, self.settings.columns).items()}
         if "use_cache" in self.settings.columns:
             inputs["use_cache"] = False
         autocast = torch.autocast(device.type, self.autocast_dtype) if self.autocast_dtype else nullcontext()
@@ -204,12 +217,14 @@ def key_columns(
         `tuple[dict, dict]`: Columns, and masks by the name of a column, as `example_keys` takes them.
     """
     columns = teacher_inputs(batch, settings.columns)
-    if settings.task == "seq2seq-lm" and "labels" in batch:
-        columns.pop("decoder_input_ids", None)  # made from the labels
     masks = {}
     if "pixel_values" not in batch:
         real = _own_mask(batch)
-        masks = {name: real for name, value in columns.items() if value.shape == real.shape}
+        of_decoder = decoder_mask(batch) if settings.task == "seq2seq-lm" else None
+        for name, value in columns.items():
+            mask = of_decoder if name.startswith("decoder_") else real
+            if mask is not None and value.shape == mask.shape:
+                masks[name] = mask
     if settings.task in LANGUAGE_MODELS and settings.task != "causal-lm" and "labels" in batch:
         # Where the labels are decides which positions are stored.
         columns["labels"] = batch["labels"]

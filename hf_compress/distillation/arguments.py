@@ -151,7 +151,11 @@ class DistillationArguments(TrainingArguments):
         },
     )
     end_temperature: float | None = field(
-        default=None, metadata={"help": "Temperature at the end of the training; needs temperature_schedule."}
+        default=None,
+        metadata={
+            "help": "Temperature at the end of the training, or of each stage that gives none; needs "
+            "temperature_schedule."
+        },
     )
     temperature_schedule: Schedule = field(
         default="constant", metadata={"help": "How the temperature gets there: constant, linear or cosine."}
@@ -164,7 +168,8 @@ class DistillationArguments(TrainingArguments):
         },
     )
     end_alpha: float | None = field(
-        default=None, metadata={"help": "alpha at the end of the training; needs alpha_schedule."}
+        default=None,
+        metadata={"help": "alpha at the end of the training, or of each stage that gives none; needs alpha_schedule."},
     )
     alpha_schedule: Schedule = field(
         default="constant", metadata={"help": "How alpha gets there: constant, linear or cosine."}
@@ -285,6 +290,11 @@ class DistillationArguments(TrainingArguments):
             check_dropout(self.dropout)
         if self.plain_attention not in ("off", "auto", "on"):
             raise ValueError(f"plain_attention={self.plain_attention!r} is unknown: give off, auto or on.")
+        if self.log_gradient_shares and self.logging_strategy != "steps":
+            raise ValueError(
+                f"log_gradient_shares=True with logging_strategy={str(self.logging_strategy)!r}: shares are measured "
+                "in the step before a log, so set logging_strategy='steps'."
+            )
         for name in ("teacher_check_rows", "logits_chunk"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} is below 0: give 0 to switch it off.")

@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ from hf_compress.modeling.tasks import forward_columns, task_of, unwrap
 logger = logging.getLogger(__name__)
 
 Precision = Literal["fp32", "fp16", "top-k"]
-BLOCK_ROWS = 1024
+BLOCK_ROWS, BLOCK_BYTES = 4096, 2**28
 # Of one token in a cache of the likeliest classes; with the keys, below 300.
 _TOP_K_BYTES = 288
 _SAMPLE_ROWS = 256
@@ -152,8 +153,8 @@ class TeacherCache:
         """
         folder, names = Path(folder), tuple(sorted(signals))
         task = task_of(teacher)
-        _check_arguments(task, precision, top_k, temperature, names)
         n_classes = unwrap(teacher).config.vocab_size if task in LANGUAGE_MODELS else 0
+        _check_arguments(task, precision, top_k, temperature, names, n_classes)
         settings = files.Settings(
             fingerprint=fingerprint(teacher),
             task=task,
@@ -164,12 +165,19 @@ class TeacherCache:
             autocast=str(autocast_dtype or torch.float32).removeprefix("torch."),
             columns=tuple(sorted(forward_columns(teacher) - LABELS)),
             pooling=pooling,
+            rows="",
+            block_rows=BLOCK_ROWS,
         )
+        answers = Answers(teacher, settings, processing_class, data_collator, autocast_dtype)
+        sample = _sample(dataset)
+        per_row = answers.bytes_per_row(sample)
+        n_rows = len(dataset) if hasattr(dataset, "__len__") else None
+        block_rows = int(min(max(BLOCK_BYTES // per_row, 1), BLOCK_ROWS))
+        settings = replace(settings, rows=f"{answers.digest(sample)} of {n_rows}", block_rows=block_rows)
         files.begin(folder, settings)
         if files.read_json(folder / files.META_FILE) is None:
-            answers = Answers(teacher, settings, processing_class, data_collator, autocast_dtype)
-            _report_size(folder, answers, dataset)
-            n_blocks = _build_blocks(folder, answers, dataset, batch_size)
+            _report_size(folder, per_row, n_rows)
+            n_blocks = _build_blocks(folder, answers, dataset, batch_size, block_rows)
             if _rank()[0] == 0:
                 files.finish(folder, n_blocks)
             _wait()
@@ -228,7 +236,9 @@ def default_top_k(n_classes: int) -> int:
     return min(n_classes, _TOP_K_BYTES // (4 if n_classes <= 2**16 else 6))
 
 
-def _check_arguments(task: str, precision: str, top_k: int | None, temperature: float, signals: tuple) -> None:
+def _check_arguments(
+    task: str, precision: str, top_k: int | None, temperature: float, signals: tuple, n_classes: int
+) -> None:
     if precision not in Precision.__args__:
         raise ValueError(f"precision={precision!r} is unknown: give one of {', '.join(Precision.__args__)}.")
     if precision == "top-k" and task not in LANGUAGE_MODELS:
@@ -236,8 +246,11 @@ def _check_arguments(task: str, precision: str, top_k: int | None, temperature: 
             f"precision='top-k' keeps the likeliest tokens of a language model, and the task is {task}: its few "
             "classes are stored whole, give 'fp32' or 'fp16'."
         )
-    if top_k is not None and (precision != "top-k" or top_k < 1):
-        raise ValueError(f"top_k={top_k} with precision={precision!r}: give 1 or more, with precision='top-k' only.")
+    if top_k is not None and (precision != "top-k" or not 1 <= top_k <= n_classes):
+        raise ValueError(
+            f"top_k={top_k} with precision={precision!r} and {n_classes} tokens: give 1 or more of them, with "
+            "precision='top-k' only."
+        )
     if temperature <= 0 or (precision != "top-k" and temperature != 1.0):
         raise ValueError(
             f"temperature={temperature} with precision={precision!r}: only 'top-k' depends on it, and it is above 0."
@@ -250,43 +263,53 @@ def _check_arguments(task: str, precision: str, top_k: int | None, temperature: 
         )
 
 
-def _report_size(folder: Path, answers: Answers, dataset: Iterable) -> None:
-    """Says how large the cache will be, before anything is computed."""
-    n_rows = len(dataset) if hasattr(dataset, "__len__") else None
-    sample = list(itertools.islice(iter(dataset), _SAMPLE_ROWS))
-    if not sample or n_rows == 0:
+def _sample(dataset: Iterable) -> list:
+    rows = iter(dataset)
+    if rows is dataset:
+        raise TypeError(
+            f"The data are a {type(dataset).__name__}, which can be read only once: give a Dataset, an "
+            "IterableDataset or a list of rows."
+        )
+    sample = list(itertools.islice(rows, _SAMPLE_ROWS))
+    if not sample:
         raise ValueError("The data set has 0 rows, so there is nothing to ask the teacher: give data with rows.")
-    per_row = answers.bytes_per_row(sample)
+    return sample
+
+
+def _report_size(folder: Path, per_row: float, n_rows: int | None) -> None:
+    """Says how large the cache will be, before anything is computed."""
     if n_rows is None:
         logger.info("The teacher's answers take about %s bytes per row.", f"{per_row:,.0f}")
         return
     total, free = per_row * n_rows, shutil.disk_usage(folder).free
     logger.info("The teacher's answers to %d rows will take about %s bytes.", n_rows, f"{total:,.0f}")
-    if total > free:
+    written = sum(path.stat().st_size for path in folder.glob("block-*.safetensors"))
+    if total - written > free:
         raise OSError(
-            f"The cache will take about {total:,.0f} bytes ({per_row:,.0f} for each of {n_rows:,} rows), and the disk "
-            f"of {folder} has {free:,} free: choose precision='fp16' or 'top-k', fewer signals, or another disk."
+            f"The cache will take about {total - written:,.0f} more bytes ({per_row:,.0f} for each of {n_rows:,} "
+            f"rows), and the disk of {folder} has {free:,} free: choose precision='fp16' or 'top-k', fewer signals, "
+            "or another disk."
         )
 
 
-def _build_blocks(folder: Path, answers: Answers, dataset: Iterable, batch_size: int) -> int:
+def _build_blocks(folder: Path, answers: Answers, dataset: Iterable, batch_size: int, block_rows: int) -> int:
     rank, n_processes = _rank()
     n_rows = len(dataset) if hasattr(dataset, "__len__") else None
     number = -1
     with tqdm(total=n_rows, desc="Asking the teacher", unit="row", disable=rank != 0) as bar:
-        for number, rows in enumerate(_in_blocks(dataset)):
+        for number, rows in enumerate(_in_blocks(dataset, block_rows)):
             is_done = files.block_path(folder, number).exists()
             if number % n_processes == rank and not is_done:
-                arrays = answers.ask(rows, batch_size, first_row=number * BLOCK_ROWS)
+                arrays = answers.ask(rows, batch_size, first_row=number * block_rows)
                 files.write_block(folder, number, arrays)
             bar.update(len(rows))
     _wait()
     return number + 1
 
 
-def _in_blocks(dataset: Iterable) -> Iterator[list[Mapping[str, Any]]]:
+def _in_blocks(dataset: Iterable, block_rows: int) -> Iterator[list[Mapping[str, Any]]]:
     rows = iter(dataset)
-    while block := list(itertools.islice(rows, BLOCK_ROWS)):
+    while block := list(itertools.islice(rows, block_rows)):
         yield block
 
 
@@ -294,14 +317,17 @@ def _rank() -> tuple[int, int]:
     """Number of this process and of all, where they were launched together."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return 0, 1
-    from accelerate import PartialState
-
-    state = PartialState()
+    state = _state()
     return state.process_index, state.num_processes
 
 
 def _wait() -> None:
     if _rank()[1] > 1:
-        from accelerate import PartialState
+        _state().wait_for_everyone()
 
-        PartialState().wait_for_everyone()
+
+def _state() -> Any:
+    from accelerate import PartialState
+
+    # Without an accelerator it has to be told, or it takes each process for the only one.
+    return PartialState() if torch.accelerator.is_available() else PartialState(cpu=True)

@@ -2,8 +2,10 @@
 
 import errno
 import json
+import math
 import os
 import shutil
+import time
 import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,10 +13,13 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save
 
+from hf_compress.distillation.cache_keys import KEY_BYTES
+
 META_FILE = "meta.json"
 SETTINGS_FILE = "settings.json"
 FORMAT_VERSION = 1
-_OURS = (META_FILE, SETTINGS_FILE)
+# How old a file must be that nobody finished, for it to be nobody's work any more.
+_STALE_SECONDS = 3600
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,8 @@ class Settings:
         autocast (`str`): The dtype that the teacher ran in, or `"float32"`.
         columns (`tuple[str, ...]`): What the teacher's forward takes, without labels.
         pooling (`str`): How a text's embedding is made of its tokens'.
+        rows (`str`): Hash of the first rows and the number of all, so that other data are noticed.
+        block_rows (`int`): Rows of a block.
         version (`int`): Of the format.
     """
 
@@ -43,6 +50,8 @@ class Settings:
     autocast: str
     columns: tuple[str, ...]
     pooling: str
+    rows: str
+    block_rows: int
     version: int = FORMAT_VERSION
 
 
@@ -126,15 +135,46 @@ def map_block(path: Path, size: int) -> dict[str, np.ndarray]:
             "the folder of the cache and build it again."
         )
     data = np.memmap(path, mode="r", dtype=np.uint8)
-    header_size = int(data[:8].view("<u8")[0])
-    header = json.loads(bytes(data[8 : 8 + header_size]))
-    arrays = {}
-    for name, item in header.items():
-        if name == "__metadata__":
-            continue
-        begin, end = (8 + header_size + offset for offset in item["data_offsets"])
-        arrays[name] = data[begin:end].view(_DTYPES[item["dtype"]]).reshape(item["shape"])
+    try:
+        header_size = int(data[:8].view("<u8")[0])
+        header = json.loads(bytes(data[8 : 8 + header_size]))
+        arrays = {
+            name: _checked_array(data[8 + header_size :], item) for name, item in header.items() if name[:2] != "__"
+        }
+        _check_block(arrays)
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        raise ValueError(
+            f"The block {path} is none that a cache wrote ({error}): delete the folder of the cache and build "
+            "it again."
+        ) from error
     return arrays
+
+
+def _checked_array(data: np.ndarray, item: dict) -> np.ndarray:
+    """An array of a block; nothing in a file's header shapes memory unless the file has the bytes for it."""
+    begin, end = item["data_offsets"]
+    dtype, shape = np.dtype(_DTYPES[item["dtype"]]), tuple(item["shape"])
+    if not 0 <= begin <= end <= len(data) or not all(isinstance(size, int) and size >= 0 for size in shape):
+        raise ValueError(f"bytes {begin} to {end} of {len(data)} for the shape {shape}")
+    if math.prod(shape) * dtype.itemsize != end - begin or (0 in shape[1:]):
+        raise ValueError(f"{end - begin} bytes for the shape {shape}")
+    return data[begin:end].view(dtype).reshape(shape)
+
+
+def _check_block(arrays: dict[str, np.ndarray]) -> None:
+    keys = arrays["keys"]
+    if keys.dtype != np.uint8 or keys.ndim != 2 or keys.shape[1] != KEY_BYTES:
+        raise ValueError(f"keys of shape {keys.shape}")
+    for name, array in arrays.items():
+        offsets = arrays.get(f"{name}.offsets")
+        if name.endswith(".offsets") or offsets is None:
+            n_rows = len(array) - name.endswith(".offsets")
+        else:
+            n_rows = len(offsets) - 1
+            if (np.diff(offsets) < 0).any() or offsets[0] != 0 or offsets[-1] != len(array):
+                raise ValueError(f"offsets of {name} that do not rise from 0 to {len(array)}")
+        if n_rows != len(keys):
+            raise ValueError(f"{n_rows} rows of {name} for {len(keys)} keys")
 
 
 _DTYPES = {"F32": "<f4", "F16": "<f2", "U8": "u1", "U16": "<u2", "I32": "<i4", "I64": "<i8"}
@@ -152,8 +192,10 @@ def begin(folder: Path, settings: Settings) -> None:
     """
     if folder.is_file():
         raise ValueError(f"{folder} is a file: give a folder for the cache.")
+    found = [path.name for path in folder.iterdir()] if folder.exists() else []
     stored = read_json(folder / SETTINGS_FILE)
-    if stored is None and folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
+    is_ours = (name.startswith((".", "block-")) or name in (META_FILE, SETTINGS_FILE) for name in found)
+    if stored is None and not all(is_ours):
         raise ValueError(
             f"The folder {folder} holds files that are not of a cache, so nothing is written there: give a new or an "
             "empty folder."
@@ -167,6 +209,9 @@ def begin(folder: Path, settings: Settings) -> None:
             "build anew."
         )
     folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob(".*.partial"):
+        if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+            path.unlink(missing_ok=True)
     if stored is None:
         write_atomically(folder / SETTINGS_FILE, json.dumps(wanted, indent=2).encode())
 

@@ -1,8 +1,10 @@
 """What names an example and a teacher in a cache: hashes of what is in them, never of where they stand."""
 
 import hashlib
+import json
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -10,7 +12,12 @@ from hf_compress.modeling.tasks import unwrap
 
 KEY_BYTES = 16
 # What a config says of the software that saved it, and of how attention is computed, does not change the answers.
-_UNIMPORTANT = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
+_UNIMPORTANT = frozenset({
+    "_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype",
+    # Set by the first labels, or by how the last forward was called; or without a part in the answers.
+    "problem_type", "use_cache", "output_hidden_states", "output_attentions", "return_dict",
+    "id2label", "label2id",
+})  # fmt: skip
 
 
 def example_keys(columns: Mapping[str, torch.Tensor], masks: Mapping[str, torch.Tensor]) -> list[bytes]:
@@ -19,7 +26,7 @@ def example_keys(columns: Mapping[str, torch.Tensor], masks: Mapping[str, torch.
     Args:
         columns (`Mapping`): Tensors of shape (batch, ...) on the CPU, by name: all that decides a teacher's answer.
         masks (`Mapping`): By the name of a column, which of its values are real, of shape (batch, length); a column
-            without one counts whole.
+            without one counts whole. What lies between real values counts too, masked or not.
 
     Returns:
         `list[bytes]`: 128 bits per row. The same example has the same hash whatever it is padded to, on either side.
@@ -31,7 +38,9 @@ def example_keys(columns: Mapping[str, torch.Tensor], masks: Mapping[str, torch.
         values = tensor.numpy()
         if name in masks:
             real = masks[name].numpy()
-            rows = [row[keep].tobytes() for row, keep in zip(values, real, strict=True)]
+            starts, ends = real.argmax(1), real.shape[1] - real[:, ::-1].argmax(1)
+            ends = np.where(real.any(1), ends, starts)
+            rows = [row[start:end].tobytes() for row, start, end in zip(values, starts, ends, strict=True)]
         else:
             rows = [row.tobytes() for row in values]
         parts.append((header, rows))
@@ -55,11 +64,19 @@ def fingerprint(model: nn.Module) -> str:
     Returns:
         `str`: 32 hexadecimal digits.
     """
+    adapters = {name: adapter.to_dict() for name, adapter in getattr(model, "peft_config", {}).items()}
     model = unwrap(model)
     config = {name: value for name, value in model.config.to_dict().items() if name not in _UNIMPORTANT}
     digest = hashlib.blake2b(digest_size=KEY_BYTES)
-    digest.update(f"{type(model).__name__}:{sorted(config.items(), key=lambda item: item[0])}".encode())
+    # The same adapter weights give other answers under another scale.
+    said = json.dumps([type(model).__name__, config, adapters], sort_keys=True, default=_plain)
+    digest.update(said.encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _plain(value: object) -> object:
+    # The order of a set is another in every process.
+    return sorted(map(str, value)) if isinstance(value, set | frozenset) else str(value)

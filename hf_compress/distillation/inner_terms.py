@@ -243,7 +243,7 @@ def _attention_of(model: nn.Module, stack: str, layer: int) -> Attention:
 
 def _projected(term, pair, ours, projections) -> torch.Tensor:
     key = _projection_key(term, pair)
-    return projections[key](ours) if key in projections else ours
+    return projections[key](ours.float()) if key in projections else ours
 
 
 def _check_lengths(term: InnerTerm, ours: torch.Tensor, theirs: torch.Tensor) -> None:

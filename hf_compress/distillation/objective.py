@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from hf_compress.distillation import losses
-from hf_compress.modeling.tasks import CLASSIFICATION, IGNORED
+from hf_compress.modeling.tasks import CLASSIFICATION, IGNORED, unwrap
 
 TASKS = (
     *CLASSIFICATION,
@@ -142,6 +142,23 @@ def decoder_mask(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     )
 
 
+def with_decoder_inputs(task: str, model: Any, batch: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    """A batch from which student and teacher decode the same tokens, though neither is given labels.
+
+    Args:
+        task (`str`): One of `TASKS`.
+        model (`PreTrainedModel`): An encoder-decoder, wrapped or not, which knows how to shift labels.
+        batch (`Mapping`): The inputs, with the labels where there are any.
+
+    Returns:
+        `Mapping`: The same, with `decoder_input_ids` made from the labels where there were none.
+    """
+    if task != "seq2seq-lm" or "decoder_input_ids" in batch or "labels" not in batch:
+        return batch
+    shifted = unwrap(model).prepare_decoder_input_ids_from_labels(labels=batch["labels"])
+    return {**batch, "decoder_input_ids": shifted}
+
+
 def step_counts(task: str, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What a batch holds, by what the terms of the loss are divided by.
 
@@ -269,12 +286,9 @@ def soft_loss(
     Raises:
         ValueError: if the divergence does not fit the problem.
     """
+    check_divergence(problem, divergence)
     divergence = _AUTO.get(problem, "forward_kl") if divergence == "auto" else divergence
     formulas = _DIVERGENCES[problem]
-    if divergence not in formulas:
-        raise ValueError(
-            f"divergence={divergence!r} does not fit this model ({problem}): give one of {', '.join(formulas)}."
-        )
     if problem in _AUTO:
         return formulas[divergence](student.logits, teacher_logits)
     options = {"beta": beta} if divergence == "jensen_shannon" else {}
@@ -283,6 +297,23 @@ def soft_loss(
     if divergence == "mse":
         return formulas[divergence](student.logits, teacher_logits, **options)
     return formulas[divergence](student.logits, teacher_logits, temperature, **options)
+
+
+def check_divergence(problem: str, divergence: str) -> None:
+    """Raises if outputs cannot be compared as asked.
+
+    Args:
+        problem (`str`): As for `soft_loss`.
+        divergence (`str`): How they are to be compared.
+
+    Raises:
+        ValueError: with what fits.
+    """
+    if divergence != "auto" and divergence not in _DIVERGENCES[problem]:
+        raise ValueError(
+            f"divergence={divergence!r} does not fit this model ({problem}): give one of "
+            f"{', '.join(_DIVERGENCES[problem])}."
+        )
 
 
 def hard_loss(problem: str, student: Items, label_smoothing: float = 0.0) -> torch.Tensor:

@@ -108,7 +108,7 @@ def _part(target: Targets, teacher: Teacher, where: slice) -> Targets:
 
 
 def _soft_values(student: Items, targets: Sequence[Targets], setting: OutputSetting) -> torch.Tensor:
-    first = targets[0]
+    first, n_classes = targets[0], student.logits.shape[-1]
     if first.indices is not None:
         return losses.top_k_divergence(student.logits, first.indices, first.log_probs, setting.temperature)
     compare = partial(
@@ -116,11 +116,14 @@ def _soft_values(student: Items, targets: Sequence[Targets], setting: OutputSett
     )
     if len(targets) == 1:
         return compare(student, first.logits)
-    logits = torch.stack([target.logits for target in targets])
+    # The padding of their vocabularies may differ too.
+    logits = torch.stack([target.logits[..., :n_classes] for target in targets])
     if setting.mixture == "confidence":
         weights = confidence_weights(setting.problem, logits, student.labels, student.class_mask)
     else:
         shares = setting.weights or (1.0,) * len(targets)
         weights = torch.tensor(shares, device=logits.device) / sum(shares)
-    mixed = mix_logits(setting.problem, logits, weights, setting.temperature, student.class_mask)
+    # Squared errors compare logits themselves, for which a mean of distributions has no scale.
+    problem = "regression" if setting.divergence == "mse" else setting.problem
+    mixed = mix_logits(problem, logits, weights, setting.temperature, student.class_mask)
     return compare(student, mixed)

@@ -5,8 +5,10 @@ from typing import Any
 
 from hf_compress.distillation.curriculum import Stage, locate, stage_lengths
 from hf_compress.distillation.layer_map import describe
+from hf_compress.distillation.objective import check_divergence
 from hf_compress.distillation.signals import Probe
 from hf_compress.distillation.teachers import Teacher
+from hf_compress.modeling.tasks import CLASSIFICATION
 
 logger = logging.getLogger(__name__)
 
@@ -65,3 +67,19 @@ class StageMixin:
                     describe(term.pairs),
                 )
         return values
+
+    def _check_ahead(self) -> None:
+        """Raises for what would else come to light in a later stage."""
+        if self.model_init is not None:
+            raise ValueError("model_init builds another student for every trial: pass the student itself as model.")
+        if self._is_chunked and (self.compute_loss_func is not None or self.args.n_gpu > 1):
+            raise ValueError(
+                f"logits_chunk={self.args.logits_chunk} leaves no logits of a whole batch for compute_loss_func, and "
+                "no output layer for copies of the student on other devices: set logits_chunk=0."
+            )
+        for stage in self.stages:
+            for number, teacher in enumerate(self.teachers):
+                own = (term for term in stage.terms if term.config.teacher == number)
+                teacher.check_signals({name for term in own for name in term.teacher_signals()})
+            if self.task not in CLASSIFICATION:
+                check_divergence(self._problem_type(None), stage.divergence)

@@ -60,7 +60,8 @@ def look_at_teachers(
     # A collator may draw random numbers, and the training's own sequence of them must not depend on this check.
     with torch.random.fork_rng(devices=[]):
         for start in range(0, len(rows), _BATCH):
-            batch = {name: value.to(device) for name, value in collate(list(rows[start : start + _BATCH])).items()}
+            batch = collate(list(rows[start : start + _BATCH]))
+            batch = {name: value.to(device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
             for number, teacher in enumerate(teachers):
                 answers = teacher.ask(batch, autocast())
                 _check_finite(answers, names[number], start)
@@ -74,7 +75,7 @@ def _check_finite(answers: dict[str, Any], name: str, start: int) -> None:
     for output, value in answers.items():
         if isinstance(value, torch.Tensor) and value.is_floating_point() and not value.isfinite().all():
             raise ValueError(
-                f"{name} gives NaN or infinity ({output}) in rows {start} to {start + len(value) - 1}, from which "
+                f"{name} gives NaN or infinity ({output}) in {len(value)} rows of the data, from which "
                 "nothing can be learned: check its weights, and run it in float32 or bf16 where float16 overflows."
             )
 

@@ -73,6 +73,12 @@ class Teacher:
         self.label_order = matching_columns(model, student)
         self.n_shared = shared_vocabulary(self.task, model, student)
         self._probe: Probe | None = None
+        n_tokens = unwrap(model).config.vocab_size if self.n_shared is not None else 0
+        if cache is not None and cache.precision == "top-k" and self.n_shared is not None and n_tokens > self.n_shared:
+            raise ValueError(
+                f"The cache holds the likeliest of the teacher's {n_tokens} tokens, and the student knows "
+                f"{self.n_shared} of them: build the cache with precision='fp16', from which the rest can be cut off."
+            )
 
     def watch(self, names: Iterable[str]) -> None:
         """Reads these signals in every forward pass from now on, instead of those before.
@@ -83,17 +89,28 @@ class Teacher:
         Raises:
             ValueError: if the answers are cached and one of them is not.
         """
-        names = sorted(names)
+        self.check_signals(names)
         if self.cache is not None:
-            missing = [name for name in names if name not in self.cache.signals]
-            if missing:
-                raise ValueError(
-                    f"The terms need {missing} of the teacher, but its cache holds {list(self.cache.signals)}: build "
-                    "a cache with these signals, or leave it out (queries, keys and values are never cached)."
-                )
             return
         self.close()
+        names = sorted(names)
         self._probe = Probe(self.model, names) if names else None
+
+    def check_signals(self, names: Iterable[str]) -> None:
+        """Raises if the answers are cached and a signal is not.
+
+        Args:
+            names (iterable of `str`): Names of signals.
+
+        Raises:
+            ValueError: with those that are missing.
+        """
+        missing = [] if self.cache is None else sorted(set(names) - set(self.cache.signals))
+        if missing:
+            raise ValueError(
+                f"The terms need {missing} of the teacher, but its cache holds {list(self.cache.signals)}: build a "
+                "cache with these signals, or leave it out (queries, keys and values are never cached)."
+            )
 
     def close(self) -> None:
         """Takes the hooks off the model."""

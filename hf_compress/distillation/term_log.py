@@ -55,6 +55,18 @@ class TermLog:
                 finite = value.sum(dtype=torch.float32).isfinite()
                 self._is_finite = finite if self._is_finite is None else self._is_finite & finite
 
+    def raise_if_not_finite(self) -> None:
+        """Raises where a teacher's outputs since the last log were not finite.
+
+        Raises:
+            ValueError: with what to check.
+        """
+        if self._is_finite is not None and not self._is_finite.item():
+            raise ValueError(
+                "The teacher's outputs hold NaN or infinity, from which nothing can be learned: check its weights, "
+                "and run it in float32 or bf16 where float16 overflows."
+            )
+
     def read(self, parallel_mode: ParallelMode) -> dict[str, float]:
         """Means of the terms over the steps since the last time, over all processes.
 
@@ -69,11 +81,7 @@ class TermLog:
         """
         if self.n_steps == 0:
             return {}
-        if self._is_finite is not None and not self._is_finite.item():
-            raise ValueError(
-                "The teacher's outputs hold NaN or infinity, from which nothing can be learned: check its weights, "
-                "and run it in float32 or bf16 where float16 overflows."
-            )
+        self.raise_if_not_finite()
         n_empty = int(self._empty_steps)
         if n_empty:
             logger.warning(

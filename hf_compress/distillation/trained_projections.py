@@ -76,7 +76,7 @@ class ProjectionMixin:
         if not path.exists():
             raise ValueError(
                 f"The checkpoint {checkpoint} has no {PROJECTIONS_FILE}, but the terms need projections of widths: it "
-                "was saved with other terms. Continue with the same ones, or start anew."
+                "was saved with other terms, or with save_only_model. Continue with the same ones, or start anew."
             )
         state = load_file(path)
         expected = {name: tuple(tensor.shape) for name, tensor in self.projections.state_dict().items()}
@@ -94,6 +94,10 @@ class _ClearGradients(TrainerCallback):
 
     def __init__(self, projections: nn.ModuleDict) -> None:
         self.projections = projections
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        # An earlier attempt may have been stopped between a backward pass and its step.
+        self.projections.zero_grad()
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         self.projections.zero_grad()

@@ -20,12 +20,14 @@ from hf_compress.distillation.efficiency import check_embeddings, plain_attentio
 from hf_compress.distillation.inner_terms import Masks, compute_term, hidden_width, make_projections
 from hf_compress.distillation.objective import (
     LANGUAGE_MODELS,
+    OWN,
     Items,
     attention_mask,
     decoder_mask,
     embed,
     items_of,
     step_counts,
+    with_decoder_inputs,
 )
 from hf_compress.distillation.output_terms import KD, TASK, OutputSetting, chunked_values, output_values
 from hf_compress.distillation.placement import check_whole, place_teacher
@@ -106,6 +108,7 @@ class DistillationTrainer(StageMixin, ProcessesMixin, ProjectionMixin, Trainer):
         self.stages = plan_stages(self.args, self.model, models)
         self.projections = self._make_projections(models)
         self._prepare_processes()
+        self._check_ahead()
         self._counts: dict[str, torch.Tensor] = {}
         self._head_is_checked = False
         self._log = TermLog()
@@ -166,7 +169,7 @@ class DistillationTrainer(StageMixin, ProcessesMixin, ProjectionMixin, Trainer):
             # Without a count the stock loss is this batch's mean; with one, it would be scaled by the processes.
             return super().compute_loss(model, student_inputs, return_outputs, num_items_in_batch=None)
         counts = step_counts(self.task, inputs) if num_items_in_batch is None else self._counts
-        inputs = self._with_decoder_inputs(inputs)
+        inputs = with_decoder_inputs(self.task, self.model, inputs)
         self._enter_stage()
         outputs = self._run_student(model, inputs)
         terms = self.compute_terms(outputs, inputs, counts)
@@ -175,21 +178,14 @@ class DistillationTrainer(StageMixin, ProcessesMixin, ProjectionMixin, Trainer):
             # Data-parallel training averages gradients over processes, but the terms were divided by all their items.
             terms = {name: term * self.args.world_size for name, term in terms.items()}
         self._log.add(terms, counts["items"], self.accelerator.sync_gradients)
-        loss = sum(weights[name] * term for name, term in terms.items())
-        if self.args.log_gradient_shares and self._logs_after_this():
+        weighted = {name: weights[name] * term for name, term in terms.items()}
+        # At the end of a schedule nothing may count: a step of gradients that are 0.
+        loss = sum(weighted.values()) if weighted else 0.0 * next(iter(outputs.values())).sum()
+        if self.args.log_gradient_shares and weighted and self._logs_after_this():
             parameters = [p for p in self.model.parameters() if p.requires_grad]
-            self._log.shares = gradient_shares(
-                {name: weights[name] * term for name, term in terms.items()}, parameters
-            )
+            self._log.shares = gradient_shares(weighted, parameters)
         loss = self._reach_all(loss, outputs, tuple(terms))
         return (loss, outputs) if return_outputs else loss
-
-    def _with_decoder_inputs(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """A batch from which both models decode the same tokens, though neither is given labels."""
-        if self.task != "seq2seq-lm" or "decoder_input_ids" in inputs or "labels" not in inputs:
-            return inputs
-        shifted = unwrap(self.model).prepare_decoder_input_ids_from_labels(labels=inputs["labels"])
-        return {**inputs, "decoder_input_ids": shifted}
 
     def _run_student(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         unlabelled = {
@@ -198,10 +194,11 @@ class DistillationTrainer(StageMixin, ProcessesMixin, ProjectionMixin, Trainer):
             if name in self._student_inputs and name not in self.label_names
         }
         if self._is_chunked and not self._head_is_checked:
-            for one in (self.model, *(teacher.model for teacher in self.teachers if teacher.cache is None)):
-                check_head(
-                    one, {name: value[:1] for name, value in unlabelled.items() if name in forward_columns(one)}
-                )
+            with self.accelerator.autocast():
+                for one in (self.model, *(teacher.model for teacher in self.teachers if teacher.cache is None)):
+                    check_head(
+                        one, {name: value[:1] for name, value in unlabelled.items() if name in forward_columns(one)}
+                    )
             self._head_is_checked = True
         with bypassed_head(self.model if self._is_chunked else None):
             return model(**unlabelled, return_dict=True)
@@ -249,8 +246,6 @@ class DistillationTrainer(StageMixin, ProcessesMixin, ProjectionMixin, Trainer):
         for term in inner:
             masks = self._masks(term, inputs)
             found = compute_term(term, own, answers[term.config.teacher], self.projections, masks)
-            if masks.student is None and found.unit == "tokens":
-                found = found._replace(unit="rows")
             terms[term.name] = losses.average(_flat(found.values), counts[found.unit], _flat(found.mask))
         return terms
 
@@ -273,7 +268,7 @@ class DistillationTrainer(StageMixin, ProcessesMixin, ProjectionMixin, Trainer):
         targets = []
         if setting.imitates:
             targets = [
-                teacher.targets(answer, inputs, self.args.pooling, self._is_chunked and "top_indices" not in answer)
+                teacher.targets(answer, inputs, self.args.pooling, self._is_chunked and teacher.cache is None)
                 for teacher, answer in zip(self.teachers, answers, strict=True)
             ]
         shared = [teacher.n_shared for teacher in self.teachers if teacher.n_shared is not None]
@@ -281,10 +276,11 @@ class DistillationTrainer(StageMixin, ProcessesMixin, ProjectionMixin, Trainer):
         if self._is_chunked:
             head = unwrap(self.model).get_output_embeddings()
             chunk = self.args.logits_chunk
-            values = chunked_values(student, head, targets, self.teachers, setting, chunk, n_shared)
+            with self.accelerator.autocast():
+                values = chunked_values(student, head, targets, self.teachers, setting, chunk, n_shared)
         else:
             if "output" in self.projections:
-                student = student._replace(logits=self.projections["output"](student.logits))
+                student = student._replace(logits=self.projections["output"](student.logits.float()))
             values = output_values(student, targets, setting, n_shared)
         terms = {}
         if KD in values:
@@ -349,7 +345,10 @@ class DistillationTrainer(StageMixin, ProcessesMixin, ProjectionMixin, Trainer):
         self._look_at_teachers()
         try:
             with self._shortcuts():
-                return super()._inner_training_loop(*args, **kwargs)
+                result = super()._inner_training_loop(*args, **kwargs)
+            # What came after the last log was not looked at yet.
+            self._log.raise_if_not_finite()
+            return result
         finally:
             self._leave_stages()
             self._lengths = None
@@ -367,13 +366,20 @@ class DistillationTrainer(StageMixin, ProcessesMixin, ProjectionMixin, Trainer):
     def _look_at_teachers(self) -> None:
         caches = [teacher.cache for teacher in self.teachers if teacher.cache is not None]
         # Cached are the answers to the training data alone.
-        is_usable = isinstance(self.eval_dataset, Dataset) and not caches
+        has_own_inputs = f"{OWN}input_ids" in (getattr(self.train_dataset, "column_names", None) or ())
+        is_usable = isinstance(self.eval_dataset, Dataset) and not caches and not has_own_inputs
         dataset = self.eval_dataset if is_usable else self.train_dataset
         rows = spread_rows(dataset, self.args.teacher_check_rows)
         if rows and any(stage.needs_teacher for stage in self.stages):
             collate = self._get_collator_with_removed_columns(self.data_collator, description="teacher check")
             collate = CachedCollator(collate, caches) if caches else collate
-            look_at_teachers(self.teachers, rows, collate, self.args.device, self.accelerator.autocast)
+            look_at_teachers(
+                self.teachers,
+                rows,
+                lambda part: with_decoder_inputs(self.task, self.model, collate(part)),
+                self.args.device,
+                self.accelerator.autocast,
+            )
 
     def _logs_after_this(self) -> bool:
         steps = self.state.logging_steps or 0

@@ -6,7 +6,7 @@ from datasets import Dataset
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BartConfig, BartForConditionalGeneration
 
-from hf_compress import DistillationArguments, DistillationTrainer, StageConfig, TermConfig
+from hf_compress import DistillationArguments, DistillationTrainer, StageConfig, TeacherCache, TermConfig
 from tests.distillation import tiny
 from tests.distillation.tiny import GradientRecorder, make_trainer, relative_difference, tiny_model, tiny_rows
 
@@ -33,6 +33,20 @@ def test_chunks_change_no_gradient(task, chunk, tmp_path):
     two = [tiny_model(task, 2, seed=seed) for seed in (2, 3)]
     whole = gradients(task, tmp_path, teacher=two)
     assert relative_difference(whole, gradients(task, tmp_path, teacher=two, logits_chunk=chunk)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("task", LANGUAGE_TASKS)
+def test_chunks_go_with_mixed_precision_and_with_a_cache(task, tmp_path):
+    rows, teacher = tiny_rows(task), tiny_model(task, 4, seed=2)
+    whole, chunked = (gradients(task, tmp_path, bf16=True, logits_chunk=chunk) for chunk in (0, 7))
+    assert relative_difference(whole, chunked) <= 0.02
+    for precision in ("fp32", "top-k"):
+        settings = {"temperature": 2.0, "top_k": 9} if precision == "top-k" else {}
+        cache = TeacherCache.build(
+            tmp_path / precision, teacher, rows, data_collator=tiny.PadCollator(), precision=precision, **settings
+        )
+        whole, chunked = (gradients(task, tmp_path, cache=cache, logits_chunk=chunk) for chunk in (0, 7))
+        assert relative_difference(whole, chunked) <= TOLERANCE
 
 
 class LargestLogits(TorchDispatchMode):

@@ -5,9 +5,9 @@ import logging
 import pytest
 import torch
 from datasets import Dataset
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, ViTConfig, ViTForImageClassification
 
-from hf_compress import DistillationArguments, DistillationTrainer
+from hf_compress import DistillationArguments, DistillationTrainer, StageConfig, TermConfig
 from hf_compress.distillation import losses
 from hf_compress.distillation.mixture import confidence_weights, mix_logits
 from tests.distillation import tiny
@@ -247,3 +247,48 @@ def test_embeddings_of_other_widths_are_projected(tmp_path):
         assert list(trainer.projections) == ["output"]
     prediction = trainer.predict(trainer.eval_dataset)
     assert prediction.predictions.shape == (8, 16)
+
+
+def test_subclasses_and_images_are_known(tmp_path):
+    class OwnBert(type(tiny_model("single-label"))):
+        pass
+
+    student = OwnBert(tiny_model("single-label").config)
+    assert first_log(make_trainer("single-label", tmp_path, student=student))["loss"] > 0
+    config = ViTConfig(
+        hidden_size=16, num_attention_heads=2, intermediate_size=24, num_hidden_layers=1, image_size=8, patch_size=4,
+        num_labels=3,
+    )  # fmt: skip
+    rows = [{"pixel_values": torch.randn(3, 8, 8).tolist(), "labels": n % 3} for n in range(8)]
+    models = [ViTForImageClassification(config) for _ in range(2)]
+    assert first_log(make_trainer("image", tmp_path, *models, rows=rows))["kd_loss"] > 0
+
+
+@pytest.mark.parametrize("task", tiny.ALL_TASKS)
+def test_teachers_of_every_task_are_looked_at(task, tmp_path):
+    first = first_log(make_trainer(task, tmp_path, teacher_check_rows=8))
+    assert first["kd_loss"] == first_log(make_trainer(task, tmp_path))["kd_loss"]
+
+
+def test_squared_errors_of_several_teachers_are_of_their_mean_logits(tmp_path):
+    twins = [tiny_model("single-label", 2, seed=2) for _ in range(2)]
+    one = first_log(make_trainer("single-label", tmp_path, divergence="mse"))
+    assert first_log(make_trainer("single-label", tmp_path, twins, divergence="mse"))["kd_loss"] == pytest.approx(
+        one["kd_loss"], rel=1e-5
+    )
+
+
+def test_what_a_later_stage_cannot_do_is_known_at_once(tmp_path):
+    stages = [StageConfig(steps=1), StageConfig(divergence="cosine")]
+    with pytest.raises(ValueError, match="divergence='cosine' does not fit"):
+        make_trainer("token-classification", tmp_path, stages=stages, max_steps=2)
+
+
+def test_a_step_in_which_nothing_counts_changes_nothing(tmp_path):
+    fading = TermConfig("hidden_mse", weight=1.0, end_weight=0.0, schedule="linear")
+    trainer = make_trainer(
+        "single-label", tmp_path, stages=[StageConfig(alpha=0.0, task_weight=0.0, terms=[fading])], max_steps=3,
+        log_gradient_shares=True,
+    )  # fmt: skip
+    trainer.train()
+    assert [log["loss"] > 0 for log in trainer.state.log_history[:3]] == [True, True, False]

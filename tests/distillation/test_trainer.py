@@ -11,8 +11,6 @@ from transformers import (
     HfArgumentParser,
     Trainer,
     TrainingArguments,
-    ViTConfig,
-    ViTForImageClassification,
     set_seed,
 )
 
@@ -386,18 +384,3 @@ def test_a_second_training_logs_its_own_terms_only(tmp_path):
     trainer.train()
     logged = [log for log in trainer.state.log_history if "kd_loss" in log]
     assert logged[0]["kd_loss"] == pytest.approx(again["kd_loss"], rel=1e-5)
-
-
-def test_subclasses_and_images_are_known(tmp_path):
-    class OwnBert(type(tiny_model("single-label"))):
-        pass
-
-    student = OwnBert(tiny_model("single-label").config)
-    assert train_log(make_trainer("single-label", tmp_path, student=student))["loss"] > 0
-    config = ViTConfig(
-        hidden_size=16, num_attention_heads=2, intermediate_size=24, num_hidden_layers=1, image_size=8, patch_size=4,
-        num_labels=3,
-    )  # fmt: skip
-    rows = [{"pixel_values": torch.randn(3, 8, 8).tolist(), "labels": n % 3} for n in range(8)]
-    models = [ViTForImageClassification(config) for _ in range(2)]
-    assert train_log(make_trainer("image", tmp_path, *models, rows=rows))["kd_loss"] > 0
