@@ -147,7 +147,7 @@ def language_model(cells: Cells, folder: Path, data: str, tokenizer) -> dict[str
         seeds = SEEDS[:1] if kind == "online" else SEEDS
         scores = [cells.once(f"words/{kind}/seed{seed}", lambda s=seed, k=kind: student(k, s)) for seed in seeds]
         found[kind] = statistics.mean(scores)
-        found[f"{kind}_sd"] = statistics.stdev(scores) if len(scores) > 1 else 0.0
+        found[f"{kind}_sd"] = statistics.stdev(scores) if len(scores) > 1 else None
     teacher = BertForMaskedLM.from_pretrained(folder / "teacher")
     shallow = hc.make_student(teacher, hc.StudentConfig(num_layers=3))
     k = default_top_k(teacher.config.vocab_size)
@@ -176,7 +176,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
     }  # fmt: skip
     Path("benchmarks/results/distillation_masked_lm.json").write_text(json.dumps(result, indent=2) + "\n")
-    print({key: round(value, 4) for key, value in result["perplexity"].items()})
+    print({key: value and round(value, 4) for key, value in result["perplexity"].items()})
 
 
 if __name__ == "__main__":
