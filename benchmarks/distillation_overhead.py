@@ -302,7 +302,7 @@ def measure(bench: Bench) -> dict:
     }
     parts = [
         *(("overhead", name, lambda name=name: bench.overhead(name)) for name in OVERHEAD),
-        *(("speed", str(n), lambda n=n: bench.speed(n, n_steps=6, rounds=2)) for n in (6, 3)),
+        *(("speed", str(n), lambda n=n: bench.speed(n, n_steps=5, rounds=3)) for n in (6, 3)),
         *(("profile", name, lambda name=name: bench.profile(name, n_steps=6)) for name in PROFILED),
     ]
     for question, name, answer in parts:
