@@ -53,6 +53,7 @@ class Answers:
         self.autocast_dtype = autocast_dtype
         padding = default_data_collator if processing_class is None else DataCollatorWithPadding(processing_class)
         self._collate = data_collator or padding
+        self._tail_mass, self._n_tokens = 0.0, 0
 
     def ask(self, rows: Sequence[Mapping[str, Any]], batch_size: int, first_row: int = 0) -> dict[str, np.ndarray]:
         """The arrays of a block.
@@ -82,6 +83,9 @@ class Answers:
                     lengths.setdefault(name, []).extend(mask.sum(1).tolist())
                     values = values[mask]
                 self._check(name, values, first_row + start)
+                if name == "top_log_probs":
+                    self._tail_mass += (1 - values.float().exp().sum(-1)).clamp(min=0).sum().item()
+                    self._n_tokens += len(values)
                 parts.setdefault(name, []).append(self._stored(name, values))
         arrays = {name: np.concatenate(part) for name, part in parts.items()}
         for name, each in lengths.items():
@@ -99,6 +103,11 @@ class Answers:
         """
         keys = b"".join(example_keys(*key_columns(self.settings, self._batch(rows))))
         return hashlib.blake2b(keys, digest_size=KEY_BYTES).hexdigest()
+
+    @property
+    def tail_mass(self) -> float:
+        """Mean probability of the classes that were left out, over the tokens asked about; 0 where none was."""
+        return self._tail_mass / max(self._n_tokens, 1)
 
     def bytes_per_row(self, rows: Sequence[Mapping[str, Any]]) -> float:
         """How much a row takes on average, found by asking about one of them.

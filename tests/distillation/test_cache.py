@@ -1,6 +1,7 @@
 """A cache holds a teacher's answers exactly, finds them by content alone, and refuses what it does not know."""
 
 import copy
+import logging
 
 import pytest
 import torch
@@ -139,6 +140,16 @@ def test_the_likeliest_classes_are_those_of_the_teacher(task, tmp_path):
         make_trainer(task, tmp_path, cache=few, temperature=3.0)
     with pytest.raises(ValueError, match="needs all classes"):
         make_trainer(task, tmp_path, cache=few, temperature=2.0, divergence="reverse_kl")
+
+
+def test_a_teacher_too_flat_for_its_likeliest_classes_is_warned_of(tmp_path, caplog):
+    teacher = tiny_model("causal-lm", 2, seed=2)
+    with caplog.at_level(logging.WARNING, "hf_compress"):
+        build(tmp_path / "all", "causal-lm", teacher, precision="top-k", top_k=tiny.VOCABULARY)
+    assert not caplog.records
+    with caplog.at_level(logging.WARNING, "hf_compress"):
+        build(tmp_path / "few", "causal-lm", teacher, precision="top-k", top_k=2, temperature=4.0)
+    assert "The 2 likeliest of 50 tokens hold" in caplog.text
 
 
 @pytest.mark.parametrize("vocabulary", [30_522, 151_936])
