@@ -12,7 +12,7 @@ Three questions, on sentences of SST-2 under bf16 autocast, on the CPU and on a 
 3. Where a step's time goes, by the profiler.
 
 All trainings of a question take their steps in turn, over the same rows in the same order, and ratios are medians
-over steps on the same rows. Weights are random: only shapes count. About eight minutes on two cores.
+over steps on the same rows. Weights are random: only shapes count. About a quarter of an hour on two cores.
 """
 
 import argparse
