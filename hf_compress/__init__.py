@@ -7,20 +7,25 @@ from hf_compress.checkpoint.quantizer import register as _register_loader
 
 _MODULES = {
     "AugmentationConfig": "hf_compress.distillation.augmentation",
+    "Calibration": "hf_compress.pruning.calibration",
     "Cost": "hf_compress.evaluation.cost",
     "DistillationArguments": "hf_compress.distillation.arguments",
     "DistillationTrainer": "hf_compress.distillation.trainer",
     "StageConfig": "hf_compress.distillation.arguments",
+    "StructuredPruningConfig": "hf_compress.pruning.config",
     "StudentConfig": "hf_compress.distillation.config",
     "TeacherCache": "hf_compress.distillation.cache",
     "TeacherCollator": "hf_compress.distillation.tokenizers",
     "TermConfig": "hf_compress.distillation.arguments",
     "add_teacher_inputs": "hf_compress.distillation.tokenizers",
     "augment": "hf_compress.distillation.augmentation",
+    "calibrate": "hf_compress.pruning.calibration",
     "compare_latency": "hf_compress.evaluation.latency",
     "load_metric": "hf_compress.evaluation.metrics",
     "make_student": "hf_compress.distillation.student",
     "measure_cost": "hf_compress.evaluation.cost",
+    "prune": "hf_compress.pruning.prune",
+    "prune_": "hf_compress.pruning.prune",
     "score_retention": "hf_compress.evaluation.retention",
 }
 

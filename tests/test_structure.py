@@ -52,10 +52,12 @@ ALLOWED = {
 # Fields of the layout records that name modules; the others name attributes and config keys, which are no secret.
 PATHS = {
     "module", "inputs", "output", "extra_inputs", "gated_inputs", "owner", "table", "blocks", "token_embeddings",
-    "position_embeddings", "heads", "token_rows", "token_columns",
+    "position_embeddings", "heads", "token_rows", "token_columns", "tail",
 }  # fmt: skip
+# `post_norm` does name a module, but one that is called like a class of PyTorch.
 NO_PATHS = {
-    "has_plain_scores",
+    "post_norm", "passes_on",
+    "has_plain_scores", "is_pre_norm",
     "head_dim", "attributes", "kind", "present_if", "head_count", "all_heads_width", "kv_group_size", "fused",
     "gated_if", "width", "in_first_block", "flag", "key", "value", "reason", "attentions", "ffn", "num_layers",
     "num_heads", "cache_num_layers", "ffn_width", "own_config", "own_num_layers", "is_shared", "position_bias",

@@ -16,7 +16,7 @@ class CompressionConfig(QuantizationConfigMixin):
     Args:
         widths (`dict[str, dict[str, int]]`): By block (`"encoder.0"`: stack and index), what is left of it: the
             key-value groups of its attentions (`"self"`, `"cross"`; equal to the heads without grouped-query
-            attention) and the neurons of its feed-forward network (`"ffn"`).
+            attention) and the neurons of its feed-forward network (`"ffn"`). 0 stands for a part that was removed.
         version (`int`, *optional*, defaults to `1`): Version of this format.
         **unknown: Refused by name, so that nothing is half-read.
 
@@ -57,7 +57,7 @@ class CompressionConfig(QuantizationConfigMixin):
 
 def _check_widths(widths: Any) -> None:
     def is_width(name: Any, width: Any) -> bool:
-        return isinstance(name, str) and type(width) is int and width >= 1
+        return isinstance(name, str) and type(width) is int and width >= 0
 
     sound = isinstance(widths, dict) and all(
         isinstance(block, str) and isinstance(parts, dict) and all(is_width(*item) for item in parts.items())
@@ -65,6 +65,6 @@ def _check_widths(widths: Any) -> None:
     )
     if not sound:
         raise ValueError(
-            f"widths={widths!r} in quantization_config must map each block to the positive widths of its parts, as in "
+            f"widths={widths!r} in quantization_config must map each block to the widths of its parts, from 0, as in "
             '{"encoder.0": {"self": 4, "ffn": 512}}: restore the config.json that the checkpoint was saved with.'
         )

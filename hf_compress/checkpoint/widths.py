@@ -4,7 +4,8 @@ from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from hf_compress.checkpoint.config import FFN_WIDTH, CompressionConfig
-from hf_compress.modeling.blocks import Block, find_blocks, find_layout, find_stacks
+from hf_compress.modeling.blocks import FFN, Block, find_blocks, find_layout, find_stacks
+from hf_compress.modeling.removal import remove_attention_, remove_ffn_
 from hf_compress.modeling.surgery import keep_heads_, keep_neurons_, keep_stack_heads_, update_config_
 from hf_compress.modeling.tasks import unwrap
 
@@ -53,7 +54,8 @@ def cut_to_widths_(model: "PreTrainedModel", widths: dict[str, dict[str, int]]) 
         widths (`dict[str, dict[str, int]]`): As in `CompressionConfig.widths`.
 
     Raises:
-        ValueError: if the widths name other parts than the model has, or are larger than the model's.
+        ValueError: if the widths name other parts than the model has, are larger than the model's, or say that a part
+            was removed that cannot be.
     """
     blocks = {_name(block): block for block in find_blocks(model)}
     # An encoder-decoder's checkpoint may be loaded as its encoder alone.
@@ -72,15 +74,24 @@ def cut_to_widths_(model: "PreTrainedModel", widths: dict[str, dict[str, int]]) 
                 f"quantization_config says that block {name} has the widths {widths[name]}, which cannot be cut from "
                 f"the {live} of the stock config: restore the config.json that the checkpoint was saved with."
             )
-        keep_neurons_(block.ffn, range(widths[name][FFN_WIDTH]))
+        _cut_ffn_(block.ffn, widths[name][FFN_WIDTH])
         for attention in block.attentions:
             width = widths[name][attention.kind]
-            if attention.is_stack_wide:
+            if width == 0:
+                remove_attention_(attention)
+            elif attention.is_stack_wide:
                 stack_wide[block.stack, attention.kind].add(width)
             else:
                 keep_heads_(attention, range(width))
     for (stack, kind), found in stack_wide.items():
         _keep_shared_heads_(model, stack, kind, found)
+
+
+def _cut_ffn_(ffn: FFN, width: int) -> None:
+    if width == 0:
+        remove_ffn_(ffn)
+    else:
+        keep_neurons_(ffn, range(width))
 
 
 def _keep_shared_heads_(model: "PreTrainedModel", stack: str, kind: str, found: set[int]) -> None:

@@ -23,13 +23,15 @@ class Attention:
         name (`str`): Dotted name of `module` in the model.
         module (`nn.Module`): The module that holds the projections.
         layout (`AttentionLayout`): Where they are.
-        is_stack_wide (`bool`): Whether all blocks of the stack must have the same heads.
+        is_stack_wide (`bool`): Whether all blocks of the stack that have heads must have the same ones.
+        owns_bias (`bool`): Whether it holds the table of the position biases of all blocks of the stack.
     """
 
     name: str
     module: nn.Module
     layout: AttentionLayout
     is_stack_wide: bool
+    owns_bias: bool
 
     @property
     def kind(self) -> str:
@@ -38,8 +40,9 @@ class Attention:
 
     @property
     def inputs(self) -> tuple[nn.Module, ...]:
-        """The q, k and v projections, or the one that fuses them in thirds."""
-        return tuple(self.module.get_submodule(path) for path in self.layout.inputs)
+        """The q, k and v projections, or the one that fuses them in thirds; none where all heads were removed."""
+        paths = self.layout.inputs if self.num_heads else ()
+        return tuple(self.module.get_submodule(path) for path in paths)
 
     @property
     def extra_inputs(self) -> tuple[nn.Module, ...]:
@@ -69,20 +72,20 @@ class Attention:
 
     @property
     def num_heads(self) -> int:
-        """Number of heads."""
+        """Number of heads; 0 where the attention was removed."""
         return in_width(self.output) // self.head_dim
 
     @property
     def num_groups(self) -> int:
         """Number of key-value heads: of units that can be cut, since the heads of one group share their k and v."""
-        if self.is_fused:
+        if self.is_fused or not self.num_heads:
             return self.num_heads
         return out_width(self.inputs[1]) // self.head_dim
 
     @property
     def group_size(self) -> int:
         """Heads per key-value head; 1 unless the model uses grouped-query attention."""
-        return self.num_heads // self.num_groups
+        return self.num_heads // self.num_groups if self.num_groups else 1
 
     @property
     def is_fused(self) -> bool:
@@ -128,7 +131,7 @@ class FFN:
 
     @property
     def width(self) -> int:
-        """Number of neurons."""
+        """Number of neurons; 0 where the network was removed."""
         return in_width(self.output)
 
     @property
@@ -149,6 +152,7 @@ class Block:
         attentions (`tuple[Attention, ...]`): Self-attention first, then cross-attention where there is one.
         ffn (`FFN`): The feed-forward network.
         repeats (`int`): How often a forward pass runs it; more than 1 where all layers share their weights.
+        is_pre_norm (`bool`): Whether what a part gives is added to its input before the norm, and not after it.
     """
 
     index: int
@@ -158,6 +162,7 @@ class Block:
     attentions: tuple[Attention, ...]
     ffn: FFN
     repeats: int = 1
+    is_pre_norm: bool = False
 
     @property
     def attention(self) -> Attention:
@@ -319,6 +324,7 @@ def _stack_blocks(model: nn.Module, stack: str, base_name: str) -> Iterator[Bloc
     layout = find_layout(model.config).stacks[stack]
     config = model.base_model.config
     repeats = getattr(config, layout.num_layers) if layout.is_shared else 1
+    bias = layout.position_bias
     for index, module in enumerate(model.base_model.get_submodule(layout.blocks)):
         name = join(base_name, layout.blocks, str(index))
         attentions = tuple(
@@ -326,7 +332,8 @@ def _stack_blocks(model: nn.Module, stack: str, base_name: str) -> Iterator[Bloc
                 name=join(name, part.module),
                 module=module.get_submodule(part.module),
                 layout=part,
-                is_stack_wide=layout.position_bias is not None,
+                is_stack_wide=bias is not None,
+                owns_bias=index == 0 and bias is not None and bias.in_first_block and bias.owner == part.module,
             )
             for part in layout.attentions
             if part.present_if is None or getattr(config, part.present_if)
@@ -338,4 +345,4 @@ def _stack_blocks(model: nn.Module, stack: str, base_name: str) -> Iterator[Bloc
             layout=layout.ffn,
             input_paths=layout.ffn.gated_inputs if is_gated else layout.ffn.inputs,
         )
-        yield Block(index, stack, name, module, attentions, ffn, repeats)
+        yield Block(index, stack, name, module, attentions, ffn, repeats, layout.is_pre_norm)

@@ -138,7 +138,8 @@ def capture_qkv(
         kind (`str`, *optional*, defaults to `"self"`): `"self"` or `"cross"` attention.
 
     Returns:
-        `dict[int, QKV]`: By index of the layer; filled by the forward pass.
+        `dict[int, QKV]`: By index of the layer; filled by the forward pass. A layer whose attention was removed has
+        no entry.
 
     Raises:
         ValueError: if an index is wrong, the stack must be named, or it has no attention of this kind.
@@ -170,9 +171,10 @@ def _gate_hook(part: Attention | FFN, gate: torch.Tensor) -> Callable[..., tuple
                 f"The gate of {part.name} has batch size {gate.shape[0]}, but its input has {inputs.shape[0]}: "
                 "give one row of gates per row of the batch, or a single gate for all."
             )
-        columns = gate.to(inputs).repeat_interleave(in_width(module) // gate.shape[-1], dim=-1)
+        # Of a removed part, both widths are 0.
+        columns = gate.to(inputs).repeat_interleave(in_width(module) // max(gate.shape[-1], 1), dim=-1)
         if gate.ndim == 2:
-            columns = columns.view(inputs.shape[0], *[1] * (inputs.ndim - 2), -1)
+            columns = columns.view(inputs.shape[0], *[1] * (inputs.ndim - 2), inputs.shape[-1])
         return (inputs * columns, *args[1:])
 
     return multiply

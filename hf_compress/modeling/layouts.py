@@ -62,6 +62,7 @@ _MPNET = replace(
                     inputs=("attn.q", "attn.k", "attn.v"),
                     output="attn.o",
                     attributes="attn",
+                    tail=("o",),
                     has_plain_scores=False,
                 ),
             ),
@@ -99,7 +100,16 @@ _ALBERT = replace(
         "encoder": replace(
             _BERT_STACK,
             blocks="encoder.albert_layer_groups.0.albert_layers",
-            attentions=(replace(_BERT_ATTENTION, inputs=("query", "key", "value"), output="dense", attributes=""),),
+            attentions=(
+                replace(
+                    _BERT_ATTENTION,
+                    inputs=("query", "key", "value"),
+                    output="dense",
+                    attributes="",
+                    tail=("dense", "output_dropout"),
+                    post_norm="LayerNorm",
+                ),
+            ),
             ffn=FFNLayout(module="", inputs=("ffn",), output="ffn_output"),
             is_shared=True,
         )
@@ -120,6 +130,7 @@ _DISTILBERT = Layout(
                     module="attention",
                     inputs=("q_lin", "k_lin", "v_lin"),
                     output="out_lin",
+                    tail=("out_lin",),
                     head_dim="attention_head_size",
                     head_count=("n_heads",),
                     has_plain_scores=True,
@@ -141,9 +152,14 @@ _MODERNBERT = Layout(
     stacks={
         "encoder": StackLayout(
             blocks="layers",
-            attentions=(AttentionLayout(module="attn", inputs=("Wqkv",), output="Wo", head_dim="head_dim"),),
+            attentions=(
+                AttentionLayout(
+                    module="attn", inputs=("Wqkv",), output="Wo", tail=("Wo", "out_drop"), head_dim="head_dim"
+                ),
+            ),
             ffn=FFNLayout(module="mlp", inputs=("Wi",), output="Wo", fused=2),
             first_stays="the first block is the one without a norm before its attention",
+            is_pre_norm=True,
         )
     },
     token_embeddings=("embeddings.tok_embeddings",),
@@ -160,12 +176,14 @@ _VIT = Layout(
                     module="attention",
                     inputs=("q_proj", "k_proj", "v_proj"),
                     output="o_proj",
+                    tail=("o_proj",),
                     head_dim="head_dim",
                     head_count=("num_attention_heads",),
                     has_plain_scores=True,
                 ),
             ),
             ffn=FFNLayout(module="mlp", inputs=("fc1",), output="fc2"),
+            is_pre_norm=True,
         )
     },
     token_embeddings=(),
@@ -183,6 +201,7 @@ _GPT2 = Layout(
                     module="attn",
                     inputs=("c_attn",),
                     output="c_proj",
+                    tail=("c_proj", "resid_dropout"),
                     head_dim="head_dim",
                     head_count=("num_heads",),
                     all_heads_width=("split_size",),
@@ -190,6 +209,7 @@ _GPT2 = Layout(
                 ),
             ),
             ffn=FFNLayout(module="mlp", inputs=("c_fc",), output="c_proj"),
+            is_pre_norm=True,
             num_layers="n_layer",
             num_heads="n_head",
             ffn_width="n_inner",
@@ -216,6 +236,7 @@ _QWEN2 = Layout(
                     module="self_attn",
                     inputs=("q_proj", "k_proj", "v_proj"),
                     output="o_proj",
+                    tail=("o_proj",),
                     head_dim="head_dim",
                     kv_group_size="num_key_value_groups",
                 ),
@@ -223,6 +244,7 @@ _QWEN2 = Layout(
             ffn=FFNLayout(
                 module="mlp", inputs=("gate_proj", "up_proj"), output="down_proj", width=("intermediate_size",)
             ),
+            is_pre_norm=True,
         )
     },
     token_embeddings=("embed_tokens",),
@@ -239,6 +261,8 @@ _T5_ATTENTION = AttentionLayout(
     module="layer.0.SelfAttention",
     inputs=("q", "k", "v"),
     output="o",
+    tail=("o",),
+    passes_on=("position_bias",),
     head_dim="key_value_proj_dim",
     head_count=("n_heads",),
     all_heads_width=("inner_dim",),
@@ -258,6 +282,7 @@ _T5_ENCODER = StackLayout(
     ffn_width="d_ff",
     own_config="encoder",
     own_num_layers="num_layers",
+    is_pre_norm=True,
     position_bias=PositionBias(
         owner="layer.0.SelfAttention",
         table="relative_attention_bias",
@@ -288,6 +313,7 @@ _BART_ATTENTION = AttentionLayout(
     module="self_attn",
     inputs=("q_proj", "k_proj", "v_proj"),
     output="out_proj",
+    tail=("out_proj",),
     head_dim="head_dim",
     head_count=("num_heads",),
     has_plain_scores=True,

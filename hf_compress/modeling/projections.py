@@ -19,6 +19,26 @@ def out_width(projection: nn.Module) -> int:
     return projection.weight.shape[1 - _in_axis(projection)]
 
 
+def read_matrix(projection: nn.Module) -> torch.Tensor:
+    """The weights of an `nn.Linear` or `Conv1D` as a matrix of shape (outputs, inputs), a view without gradient."""
+    weight = projection.weight.detach()
+    return weight if _in_axis(projection) == 1 else weight.T
+
+
+def write_matrix_(projection: nn.Module, matrix: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+    """Overwrites the weights, and the bias where one is given, of an `nn.Linear` or `Conv1D`.
+
+    Args:
+        projection (`nn.Module`): The module; its parameters keep their dtype, device and identity.
+        matrix (`torch.Tensor`): Shape (outputs, inputs), of any floating-point dtype.
+        bias (`torch.Tensor`, *optional*): Shape (outputs,).
+    """
+    with torch.no_grad():
+        projection.weight.copy_(matrix if _in_axis(projection) == 1 else matrix.T)
+        if bias is not None:
+            projection.bias.copy_(bias)
+
+
 def keep_inputs_(projection: nn.Module, indices: list[int]) -> None:
     """Keep some inputs of a projection.
 
@@ -35,6 +55,27 @@ def keep_inputs_(projection: nn.Module, indices: list[int]) -> None:
         projection.nx = len(indices)
     else:
         projection.in_features = len(indices)
+
+
+def without_inputs(projection: nn.Module) -> nn.Linear:
+    """What is left of a projection that has no inputs any more: its bias, the same parameter, or zeros.
+
+    Args:
+        projection (`nn.Module`): An `nn.Linear` or `Conv1D`.
+
+    Returns:
+        `nn.Linear`: With a weight of shape (outputs, 0), also for a `Conv1D`, which fails on inputs without features.
+
+    Raises:
+        TypeError: if the module is of another kind, or its weight is packed.
+    """
+    weight, n_outputs = projection.weight, out_width(projection)
+    # Made on the meta device, so that no random numbers are drawn for weights that go.
+    linear = nn.Linear(1, n_outputs, bias=False, device="meta")
+    linear.in_features = 0
+    linear.weight = nn.Parameter(weight.detach().new_empty(n_outputs, 0), weight.requires_grad)
+    linear.bias = projection.bias
+    return linear.train(projection.training)
 
 
 def keep_outputs_(projection: nn.Module, indices: list[int]) -> None:
@@ -68,7 +109,7 @@ def keep(tensor: torch.Tensor, indices: list[int], axis: int) -> torch.Tensor:
     Returns:
         `torch.Tensor`: An `nn.Parameter` with the same `requires_grad` for a parameter, else a plain tensor.
     """
-    kept = tensor.detach().index_select(axis, torch.tensor(indices, device=tensor.device))
+    kept = tensor.detach().index_select(axis, torch.tensor(indices, dtype=torch.long, device=tensor.device))
     return nn.Parameter(kept, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else kept
 
 
@@ -85,10 +126,12 @@ def check_indices(indices: Iterable[int], size: int, name: str, unit: str) -> li
         `list[int]`: The indices in the order given.
 
     Raises:
-        ValueError: if there are none, one occurs twice, or one is out of range.
+        ValueError: if there are none, one occurs twice, one is out of range, or there is nothing to keep.
         TypeError: if one is not an integer.
     """
     checked = [operator.index(index) for index in indices]
+    if size == 0:
+        raise ValueError(f"{name}={checked} cannot be kept: there are no {unit}, all were removed before.")
     if not checked:
         raise ValueError(f"{name} is empty, but at least one of the {size} {unit} must stay: name it.")
     wrong = sorted({index for index in checked if not 0 <= index < size})

@@ -20,7 +20,13 @@ class AttentionLayout:
     head_dim: str
     """Attribute with the width of one head."""
     attributes: str = ""
-    """Submodule on which `head_dim` and the attributes below live; empty for `module` itself."""
+    """Submodule that computes the heads, with `head_dim` and the attributes below; empty for `module` itself."""
+    tail: tuple[str, ...] = ()
+    """What that submodule runs last, one after the other: `output` and dropout; none where `output` is outside it."""
+    post_norm: str | None = None
+    """The norm in that submodule of its input plus what the tail gives, where the norm is not outside it."""
+    passes_on: tuple[str, ...] = ()
+    """Keyword arguments that it returns after its states, before the weights of its heads."""
     kind: str = "self"
     """`"self"` or `"cross"` (over the encoder's states)."""
     present_if: str | None = None
@@ -109,6 +115,8 @@ class StackLayout:
     """Config key, beside `num_layers`, by which `generate` sizes its cache; without it, that takes the encoder's."""
     is_shared: bool = False
     """Whether there is one block, run `num_layers` times."""
+    is_pre_norm: bool = False
+    """Whether outputs of parts are added to what came before the norm; otherwise to the input of the part."""
     position_bias: PositionBias | None = None
     """The table of position biases, where there is one."""
     layers_require: tuple[Requirement, ...] = ()

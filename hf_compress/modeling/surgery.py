@@ -45,7 +45,7 @@ def keep_heads_(attention: Attention, heads: Iterable[int]) -> None:
 
 
 def keep_stack_heads_(model: nn.Module, heads: Iterable[int], stack: str | None = None, kind: str = "self") -> None:
-    """Keep the same heads in all blocks of a stack, and in the position bias that they share.
+    """Keep the same heads in all blocks of a stack that have any, and in the position bias that they share.
 
     Args:
         model (`nn.Module`): A Transformers model, wrapped or not.
@@ -61,6 +61,8 @@ def keep_stack_heads_(model: nn.Module, heads: Iterable[int], stack: str | None 
     attentions = [part for block in find_blocks(model, stack) for part in block.attentions if part.kind == kind]
     if not attentions:
         raise ValueError(f'The {stack} of {type(model).__name__} has no attention of kind={kind!r}: use kind="self".')
+    # What was removed as a whole is no longer among those that must agree.
+    attentions = [part for part in attentions if part.num_heads] or attentions
     kept = check_indices(heads, min(part.num_groups for part in attentions), "heads", _head_unit(attentions[0]))
     for attention in attentions:
         _keep_heads_(attention, kept)
@@ -136,7 +138,7 @@ def update_config_(model: nn.Module) -> bool:
     """Write into the config what the live widths allow, after heads, neurons or layers were cut.
 
     The width of the feed-forward networks is written where all blocks agree, the number of heads where they agree and
-    the config can set the width of a head apart from it.
+    the config can set the width of a head apart from it. No config can say that a part was removed.
 
     Args:
         model (`nn.Module`): A Transformers model, wrapped or not.
@@ -234,6 +236,11 @@ def _first_stays(config: Any, layout: StackLayout) -> str | None:
 def _keep_blocks_(model: nn.Module, stack: str, layout: StackLayout, kept: list[int]) -> None:
     bias = layout.position_bias
     if bias is not None and bias.in_first_block and kept[0] != 0:
+        if not find_blocks(model, stack)[kept[0]].attention.num_heads:
+            raise ValueError(
+                f"layers={kept} makes layer {kept[0]} the first of the {stack}, whose self-attention gives all others "
+                "their position bias, but its self-attention was removed: keep a layer before it that has one."
+            )
         owners = _bias_owners(model, stack)
         old, new = owners[0], owners[kept[0]]
         setattr(new, bias.table, getattr(old, bias.table))
@@ -269,9 +276,10 @@ def _set_config_(model: nn.Module, key: str, value: Any) -> None:
 
 
 def _write_width_(model: nn.Module, key: str, found: set[int]) -> bool:
-    if len(found) == 1:
+    is_even = len(found) == 1 and found != {0}
+    if is_even:
         _set_config_(model, key, *found)
-    return len(found) == 1
+    return is_even
 
 
 def _write_heads_(model: nn.Module, key: str, found: set[tuple[int, int, int]]) -> bool:
@@ -279,6 +287,8 @@ def _write_heads_(model: nn.Module, key: str, found: set[tuple[int, int, int]]) 
     if len(found) != 1:
         return False
     ((num_heads, num_groups, head_dim),) = found
+    if num_heads == 0:
+        return False
     num_kv_heads = getattr(config, layout.num_kv_heads) if layout.num_kv_heads else num_groups
     if (num_heads, num_groups) == (getattr(config, key), num_kv_heads):
         return True

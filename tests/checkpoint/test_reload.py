@@ -100,7 +100,7 @@ def edited(folder, change) -> None:
         (lambda c: c.update(version="1"), "version '1'"),
         (lambda c: c.update(surprise=1), "does not know: surprise"),
         (lambda c: c["widths"].pop("encoder.0"), "the model has encoder.0, encoder.1"),
-        (lambda c: c["widths"]["encoder.0"].update(ffn=0), "must map each block to the positive widths"),
+        (lambda c: c["widths"]["encoder.0"].update(ffn=-1), "must map each block to the widths of its parts, from 0"),
         (lambda c: c["widths"]["encoder.0"].update(ffn=10**12), "cannot be cut from"),
         (lambda c: c["widths"]["encoder.0"].update(ffn=2.0), "must map each block"),
         (lambda c: c["widths"]["encoder.0"].update(ffn=True), "must map each block"),

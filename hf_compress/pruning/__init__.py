@@ -1,0 +1,1 @@
+"""Cut: heads, neurons, layers, word pieces and single weights, to a budget."""

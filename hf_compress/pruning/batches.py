@@ -1,0 +1,124 @@
+"""Calibration data: batches of inputs, checked, and which of their tokens are real."""
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_compress.modeling.tasks import forward_columns, unwrap
+
+logger = logging.getLogger(__name__)
+
+Batch = dict[str, torch.Tensor]
+TARGETS = ("labels", "start_positions", "end_positions")
+
+
+def read_batches(model: nn.Module, data: Iterable[Mapping[str, Any]], with_labels: bool = False) -> list[Batch]:
+    """Batches with the columns that a model's forward takes, on its device.
+
+    Args:
+        model (`nn.Module`): A Transformers model.
+        data (`Iterable[Mapping[str, torch.Tensor]]`): Dicts of tensors with a batch axis; a `DataLoader` included.
+        with_labels (`bool`, *optional*, defaults to `False`): Whether labels are to be kept.
+
+    Returns:
+        `list[dict[str, torch.Tensor]]`: The batches; the decoder of an encoder-decoder has its inputs.
+
+    Raises:
+        ValueError: if there is no batch, one has no input of the model, padding is not marked, or labels are missing.
+        TypeError: if the data are no dicts of tensors.
+    """
+    model = unwrap(model)
+    wanted = forward_columns(model)
+    batches = [_read_batch(model, batch, wanted) for batch in data]
+    if not batches:
+        raise ValueError("The calibration data hold no batch: give an iterable of dicts of tensors, a DataLoader say.")
+    if with_labels and not all(set(TARGETS) & set(batch) for batch in batches):
+        raise ValueError(
+            f"use_labels=True, but the batches have the columns {sorted(batches[0])} and no labels: add a column "
+            "'labels', or leave use_labels=False, which draws labels from the model."
+        )
+    if with_labels:
+        return batches
+    return [{name: value for name, value in batch.items() if name not in TARGETS} for batch in batches]
+
+
+def _read_batch(model: nn.Module, batch: Any, wanted: set[str]) -> Batch:
+    if not isinstance(batch, Mapping) or not all(isinstance(value, torch.Tensor) for value in batch.values()):
+        raise TypeError(
+            f"A calibration batch is a {type(batch).__name__}, where a dict of tensors is needed: give what "
+            "`tokenizer(texts, padding=True, return_tensors='pt')` returns, or a DataLoader with a data collator."
+        )
+    read = {name: value.to(model.device) for name, value in batch.items() if name in wanted}
+    if model.main_input_name not in read and "inputs_embeds" not in read:
+        raise ValueError(
+            f"A calibration batch has the columns {sorted(batch)}, but {type(model).__name__} needs "
+            f"{model.main_input_name!r}: give tokenized batches."
+        )
+    if model.config.is_encoder_decoder and "decoder_input_ids" not in read and "labels" in read:
+        if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+            read["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=read["labels"])
+    if "input_ids" in read and "attention_mask" not in read:
+        _check_unmasked(model, read["input_ids"])
+    return read
+
+
+def _check_unmasked(model: nn.Module, input_ids: torch.Tensor) -> None:
+    pad = model.config.get_text_config().pad_token_id
+    if pad is not None and (input_ids == pad).any():
+        raise ValueError(
+            f"A calibration batch has no attention_mask, but holds the padding token {pad}: padding would count as "
+            "text. Add the 'attention_mask' that the tokenizer returns."
+        )
+
+
+def token_mask(batch: Mapping[str, torch.Tensor], stack: str, length: int | None = None) -> torch.Tensor:
+    """Which tokens of a batch are real, where a stack reads them.
+
+    Args:
+        batch (`Mapping[str, torch.Tensor]`): Inputs.
+        stack (`str`): `"encoder"` or `"decoder"`.
+        length (`int`, *optional*): The length that the stack really sees, where no column tells (images).
+
+    Returns:
+        `torch.Tensor`: Booleans, shape (batch, length).
+    """
+    is_second = stack == "decoder" and "decoder_input_ids" in batch
+    name = "decoder_attention_mask" if is_second else "attention_mask"
+    if name in batch:
+        return batch[name] != 0
+    first = batch["decoder_input_ids"] if is_second else next(iter(batch.values()))
+    return torch.ones(first.shape[0], length or first.shape[1], dtype=torch.bool, device=first.device)
+
+
+def text_length(batches: Iterable[Mapping[str, torch.Tensor]], stack: str) -> tuple[float, float]:
+    """The mean length of texts, and the mean number of tokens of the text that a token is in.
+
+    Args:
+        batches (`Iterable[Mapping[str, torch.Tensor]]`): Inputs.
+        stack (`str`): `"encoder"` or `"decoder"`.
+
+    Returns:
+        `tuple[float, float]`: Mean of T, and mean of T^2 over mean of T, for T real tokens.
+    """
+    lengths = torch.cat([token_mask(batch, stack).sum(1) for batch in batches]).double()
+    return lengths.mean().item(), (lengths.square().mean() / lengths.mean()).item()
+
+
+def check_finite(name: str, values: torch.Tensor) -> None:
+    """Refuses what is not finite.
+
+    Args:
+        name (`str`): Of the part that the values come from.
+        values (`torch.Tensor`): Sums over tokens.
+
+    Raises:
+        ValueError: if a value is infinite or no number.
+    """
+    if not torch.isfinite(values).all():
+        raise ValueError(
+            f"The activations of {name} hold NaN or infinity on the calibration data: check the model's outputs on "
+            "them, and load it in float32 or bfloat16 (`dtype='float32'`) if it is in float16."
+        )

@@ -1,0 +1,51 @@
+"""`prune` and `prune_`: the type of the config chooses what is cut."""
+
+import copy
+from typing import Any
+
+from torch import nn
+
+from hf_compress.pruning.config import StructuredPruningConfig
+from hf_compress.pruning.structured import Data, prune_structured_
+
+_STEPS = {StructuredPruningConfig: prune_structured_}
+
+
+def prune(model: nn.Module, config: Any, data: Data | None = None) -> nn.Module:
+    """A smaller copy of a model; the model itself is left as it is.
+
+    Args:
+        model (`nn.Module`): A Transformers model of a known architecture.
+        config (`StructuredPruningConfig`): What to cut, down to what, and how.
+        data (`Iterable[Mapping[str, torch.Tensor]]` or `Calibration`, *optional*): Calibration data: batches of
+            inputs, as a `DataLoader` or `tokenizer(..., return_tensors="pt")` gives them, a few hundred texts without
+            labels. What `calibrate` returned serves several budgets.
+
+    Returns:
+        `nn.Module`: Of the same class, on the same device. Save it with `save_pretrained`.
+
+    Raises:
+        ValueError: if the budget cannot be met, or the model or the data do not fit.
+        TypeError: if the config is of no known kind.
+    """
+    pruned = copy.deepcopy(model)
+    prune_(pruned, config, data)
+    return pruned
+
+
+def prune_(model: nn.Module, config: Any, data: Data | None = None) -> None:
+    """Cuts a model in place; otherwise like `prune`, and needs no room for a second model.
+
+    Args:
+        model (`nn.Module`): A Transformers model of a known architecture. Make its optimizer afterwards.
+        config (`StructuredPruningConfig`): What to cut, down to what, and how.
+        data (`Iterable[Mapping[str, torch.Tensor]]` or `Calibration`, *optional*): Calibration data.
+
+    Raises:
+        ValueError: if the budget cannot be met, or the model or the data do not fit.
+        TypeError: if the config is of no known kind.
+    """
+    if type(config) not in _STEPS:
+        known = ", ".join(step.__name__ for step in _STEPS)
+        raise TypeError(f"A {type(config).__name__} does not say how to prune: give one of {known}.")
+    _STEPS[type(config)](model, config, data)

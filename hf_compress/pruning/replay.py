@@ -1,0 +1,147 @@
+"""Running a model block by block over stored batches, so that one block can change while the rest stands still."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_compress.modeling.blocks import Block
+from hf_compress.modeling.tasks import forward_columns
+from hf_compress.pruning.batches import Batch
+from hf_compress.pruning.units import Part
+
+
+class _Reached(Exception):  # noqa: N818 - no error: what a forward pass was started for is there
+    pass
+
+
+class Replay:
+    """The forward passes of a model over some batches, continued from block to block.
+
+    Blocks that are done hand on what they gave, so that a pass costs one block. The model may change in between: what
+    was handed on stays, which is how two states of a model, before and after a change, are followed side by side.
+
+    Args:
+        model (`nn.Module`): A Transformers model of a known architecture.
+        batches (`Sequence[dict[str, torch.Tensor]]`): Inputs of its forward.
+        progress (`Callable`, *optional*): Called after each batch of each block that is finished.
+    """
+
+    def __init__(
+        self, model: nn.Module, batches: Sequence[Batch], progress: Callable[[], None] = lambda: None
+    ) -> None:
+        self.model = model
+        self.progress = progress
+        without_cache = {"use_cache": False} if "use_cache" in forward_columns(model) else {}
+        self.batches = [{**batch, **without_cache} for batch in batches]
+        self._done: list[Block] = []
+        self._given: dict[str, list[Any]] = {}
+
+    def visit(self, block: Block, parts: Sequence[Part], visit: Callable[[int, Part, "Passage"], None]) -> None:
+        """Runs up to some parts of a block, and no further.
+
+        Args:
+            block (`Block`): The first one that is not done; its parts may have changed since.
+            parts (`Sequence[Attention | FFN]`): Parts of that block, in their order.
+            visit (`Callable`): Called as `visit(number of the batch, part, passage)`.
+        """
+        for number in range(len(self.batches)):
+            self._run(number, block, parts, visit)
+
+    def finish(self, block: Block) -> None:
+        """Runs a block as it is now, and keeps what it gave for the next one."""
+        given = []
+        for number in range(len(self.batches)):
+            given.append(self._run(number, block, (), None))
+            self.progress()
+        self._given[block.stack] = given
+        self._done.append(block)
+
+    @torch.no_grad()
+    def _run(self, number: int, block: Block, parts: Sequence[Part], visit: Callable | None) -> Any:
+        output: list[Any] = []
+
+        def stop(module: nn.Module, args: Any, result: Any) -> None:
+            output.append(result)
+            raise _Reached
+
+        with ExitStack() as hooks:
+            hooks.enter_context(_handing_on(self._done, self._given, number))
+            if parts:
+                watch_block(block, parts, lambda part, passage: visit(number, part, passage), hooks, stops=True)
+            elif block.repeats == 1:
+                hooks.enter_context(block.module.register_forward_hook(stop))
+            try:
+                self.model(**self.batches[number])
+            except _Reached:
+                pass
+        return output[0] if output else None
+
+
+class Passage:
+    """What passed through a part in one forward.
+
+    Attributes:
+        inputs (`torch.Tensor`): Of the output projection, shape (batch, length, units x width of a unit).
+        outputs (`torch.Tensor`): Of the output projection, shape (batch, length, hidden size).
+        residual (`torch.Tensor`): What the outputs are added to, shape (batch, length, hidden size).
+    """
+
+    def __init__(self, inputs: torch.Tensor, outputs: torch.Tensor, residual: torch.Tensor) -> None:
+        self.inputs, self.outputs, self.residual = inputs, outputs, residual
+
+
+def watch_block(
+    block: Block,
+    parts: Sequence[Part],
+    visit: Callable[[Part, Passage], None],
+    hooks: ExitStack,
+    stops: bool = False,
+) -> None:
+    """Hangs hooks on a block that tell what passes through its parts.
+
+    Args:
+        block (`Block`): A block of a live model.
+        parts (`Sequence[Attention | FFN]`): Those of its parts that are of interest.
+        visit (`Callable`): Called as `visit(part, passage)` whenever a part has run.
+        hooks (`ExitStack`): Takes the hooks off again.
+        stops (`bool`, *optional*, defaults to `False`): Whether the forward pass ends after the last of the parts.
+    """
+    residual: dict[str, torch.Tensor] = {}
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        residual["now"] = args[0] if args else kwargs["hidden_states"]
+
+    def branch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        residual["now"] = args[0] if args else kwargs["hidden_states"]
+
+    def leave(part: Part, args: tuple[Any, ...], outputs: torch.Tensor) -> None:
+        if part in wanted:
+            visit(part, Passage(args[0], outputs, residual["now"]))
+        if block.is_pre_norm:
+            residual["now"] = residual["now"] + outputs
+        if stops and part is parts[-1] and block.repeats == 1:
+            raise _Reached
+
+    wanted = set(parts)
+    hooks.enter_context(block.module.register_forward_pre_hook(enter, with_kwargs=True))
+    for part in (*block.attentions, block.ffn):
+        if not block.is_pre_norm:
+            # A post-norm block adds the input of each part to its output.
+            hooks.enter_context(part.inputs[0].register_forward_pre_hook(branch, with_kwargs=True))
+        hook = part.output.register_forward_hook(lambda _, args, outputs, part=part: leave(part, args, outputs))
+        hooks.enter_context(hook)
+
+
+@contextmanager
+def _handing_on(done: Sequence[Block], given: Mapping[str, Sequence[Any]], number: int) -> Iterator[None]:
+    modules = [(block.module, given[block.stack][number]) for block in done if block.repeats == 1]
+    try:
+        for module, output in modules:
+            module.forward = lambda *args, output=output, **kwargs: output
+        yield
+    finally:
+        for module, _ in modules:
+            del module.forward

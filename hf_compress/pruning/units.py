@@ -1,0 +1,73 @@
+"""What can be cut: the heads and neurons of a live model, as sites whose units are chosen among each other."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from hf_compress.modeling.blocks import FFN, Attention, Block
+
+UnitKind = Literal["heads", "neurons"]
+Part = Attention | FFN
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """Units of one kind that are ranked among each other.
+
+    Attributes:
+        name (`str`): Stack, block and part: `"encoder.0.self"`, `"encoder.0.ffn"`; `"encoder.self"` for all blocks.
+        kind (`str`): `"heads"` (key-value groups under grouped-query attention) or `"neurons"`.
+        parts (`tuple[Attention | FFN, ...]`): One, or those of a whole stack where they must keep the same heads.
+        repeats (`int`): How often a forward pass runs it.
+    """
+
+    name: str
+    kind: UnitKind
+    parts: tuple[Part, ...]
+    repeats: int = 1
+
+    @property
+    def n_units(self) -> int:
+        """Number of units."""
+        return count_units(self.parts[0])
+
+
+def find_sites(blocks: Iterable[Block], kinds: Iterable[UnitKind] = ("heads", "neurons")) -> list[Site]:
+    """The sites of some blocks, from the first to the last.
+
+    Args:
+        blocks (`Iterable[Block]`): From `find_blocks`.
+        kinds (`Iterable[str]`, *optional*): Which units.
+
+    Returns:
+        `list[Site]`: Attentions before the feed-forward network of their block; what was removed before is left out.
+    """
+    kinds = set(kinds)
+    shared: dict[str, list[Part]] = {}
+    sites: list[Site] = []
+    for block in blocks:
+        place = f"{block.stack}.{block.index}"
+        for part in block.attentions if "heads" in kinds else ():
+            if not part.is_stack_wide:
+                sites.append(Site(f"{place}.{part.kind}", "heads", (part,), block.repeats))
+                continue
+            name = f"{block.stack}.{part.kind}"
+            if name not in shared:
+                # Its place is that of its first part; the others join it as they come.
+                shared[name] = []
+                sites.append(Site(name, "heads", ()))
+            shared[name].append(part)
+        if "neurons" in kinds:
+            sites.append(Site(f"{place}.ffn", "neurons", (block.ffn,), block.repeats))
+    filled = [Site(site.name, site.kind, tuple(shared.get(site.name, site.parts)), site.repeats) for site in sites]
+    return [site for site in filled if site.n_units > 0]
+
+
+def count_units(part: Part) -> int:
+    """Number of units of a part: of neurons, or of heads or key-value groups."""
+    return part.width if isinstance(part, FFN) else part.num_groups
+
+
+def unit_size(part: Part) -> int:
+    """Inputs of the output projection that belong to one unit."""
+    return 1 if isinstance(part, FFN) else part.group_size * part.head_dim

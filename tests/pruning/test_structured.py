@@ -1,0 +1,232 @@
+import copy
+import json
+
+import pytest
+import torch
+
+import hf_compress as hc
+from hf_compress.checkpoint.widths import read_widths
+from hf_compress.modeling.blocks import find_blocks
+from hf_compress.pruning.batches import token_mask
+from hf_compress.pruning.structured import cut_, repair_, total_costs
+from hf_compress.pruning.units import find_sites
+from tests.modeling.tiny import MODEL_TYPES, auto_class, difference, predict, supports, tiny_batch, tiny_model
+
+SCORES = ("obs", "fisher", "taylor", "activation", "l1", "l2", "linf", "random")
+
+
+def config(**values):
+    return hc.StructuredPruningConfig(**({"multiple_of": 4} | values))
+
+
+def share(pruned, dense, settings, batches) -> float:
+    return total_costs(pruned, settings, batches) / total_costs(dense, settings, batches)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_every_architecture_is_cut_to_the_budget_and_reloads_exactly(model_type, attention, tmp_path):
+    if not supports(model_type, attention):
+        pytest.skip(f"{model_type} has no {attention}")
+    model = tiny_model(model_type, attention=attention)
+    batches = [tiny_batch(model)]
+    before = copy.deepcopy(model.state_dict())
+    settings = config(budget=0.6)
+    pruned = hc.prune(model, settings, batches)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert share(pruned, model, settings, batches) <= 0.6
+    assert type(pruned) is type(model)
+    assert pruned.training == model.training
+    pruned.save_pretrained(tmp_path)
+    reloaded = auto_class(model_type).from_pretrained(tmp_path, attn_implementation=attention)
+    assert difference(predict(reloaded, batches[0]), predict(pruned, batches[0])) == 0
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_masked_equals_sliced(model_type):
+    model = tiny_model(model_type)
+    batch = tiny_batch(model)
+    sites = find_sites(find_blocks(model))
+    kept = {site.name: torch.arange(1, site.n_units - 1) for site in sites}
+    repair_(model, model, sites, kept, config(), [batch])
+    masked = predict(model, batch)
+    cut_(model, sites, kept)
+    scale = masked.abs().max().item()
+    assert difference(predict(model, batch), masked) <= 1e-5 * max(1.0, scale)
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_every_score_keeps_the_budget_and_nothing_is_lost_with_all_of_it(score):
+    model = tiny_model("bert")
+    batches = [tiny_batch(model)]
+    whole = hc.prune(model, config(budget=1.0, score=score), batches)
+    assert difference(predict(whole, batches[0]), predict(model, batches[0])) == 0
+    assert "quantization_config" not in json.loads(whole.config.to_json_string())
+    settings = config(budget=0.5, score=score)
+    assert 0.4 < share(hc.prune(model, settings, batches), model, settings, batches) <= 0.5
+
+
+@pytest.mark.parametrize("cost", ["macs", "params", "bytes"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"scope": "local"}, {"search": "ranking"}, {"steps": 3}, {"units": "neurons"}]
+)
+def test_budgets_of_every_kind(cost, changes):
+    model = tiny_model("bert", intermediate_size=128)
+    batches = [tiny_batch(model)]
+    settings = config(budget=0.7, cost=cost, **changes)
+    assert 0.6 < share(hc.prune(model, settings, batches), model, settings, batches) <= 0.7
+
+
+def test_macs_are_those_that_are_counted():
+    from hf_compress.evaluation.cost import count_macs
+
+    model = tiny_model("bert", "BertModel", intermediate_size=128)
+    batch = {name: tensor[:1] for name, tensor in tiny_batch(model).items()}
+    settings = config(budget=0.5)
+    pruned = hc.prune(model, settings, [batch])
+    counted = count_macs(model, batch) - count_macs(pruned, batch)
+    assert counted == pytest.approx(total_costs(model, settings, [batch]) - total_costs(pruned, settings, [batch]))
+
+
+def test_parameters_and_bytes_are_those_that_are_there():
+    model = tiny_model("bert", "BertModel", intermediate_size=128).bfloat16()
+    batches = [tiny_batch(model)]
+    pruned = hc.prune(model, config(budget=0.5, cost="params"), batches)
+    lost = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in pruned.parameters())
+    for cost, size in (("params", 1), ("bytes", 2)):
+        settings = config(cost=cost)
+        assert total_costs(model, settings, batches) - total_costs(pruned, settings, batches) == pytest.approx(
+            lost * size
+        )
+    assert pruned.dtype == torch.bfloat16
+
+
+def test_a_uniform_result_needs_no_plug_in(tmp_path):
+    model = tiny_model("bert", intermediate_size=128)
+    pruned = hc.prune(model, config(budget=0.6, units="neurons", uniform=True), [tiny_batch(model)])
+    assert len({widths["ffn"] for widths in read_widths(pruned).values()}) == 1
+    pruned.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+
+
+def test_one_calibration_serves_several_budgets():
+    model = tiny_model("bert")
+    batches = [tiny_batch(model)]
+    calibration = hc.calibrate(model, config(), batches)
+    for budget in (0.8, 0.6, 0.5):
+        settings = config(budget=budget)
+        from_both = [hc.prune(model, settings, data) for data in (calibration, batches)]
+        assert difference(*(predict(pruned, batches[0]) for pruned in from_both)) == 0
+
+
+def test_repair_brings_the_predictions_closer():
+    model = tiny_model("bert", "BertForSequenceClassification", intermediate_size=64)
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 40, (64, 12), generator=draw)
+    batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(16)]
+    errors = {
+        repair: difference(
+            predict(hc.prune(model, config(repair=repair), batches), batches[0]), predict(model, batches[0])
+        )
+        for repair in ("none", "bias", "least_squares")
+    }
+    assert errors["least_squares"] < errors["bias"] < errors["none"]
+
+
+def test_padding_does_not_matter_to_what_is_cut_and_how_it_is_repaired():
+    model = tiny_model("bert", "BertForSequenceClassification")
+    batch = tiny_batch(model)
+    alone = [{name: tensor[row : row + 1] for name, tensor in batch.items()} for row in range(2)]
+    unpadded = [{name: tensor[:, : int(one["attention_mask"].sum())] for name, tensor in one.items()} for one in alone]
+    first, second = (hc.prune(model, config(), batches) for batches in ([batch], unpadded))
+    assert read_widths(first) == read_widths(second)
+    assert difference(predict(first, batch), predict(second, batch)) < 1e-3
+
+
+def test_random_scores_follow_the_seed():
+    model = tiny_model("bert")
+    blind = {"score": "random", "repair": "none", "cost": "params"}
+    once, again, other = (hc.prune(model, config(seed=seed, **blind)) for seed in (1, 1, 2))
+    same = [torch.equal(a, b) for a, b in zip(once.parameters(), again.parameters(), strict=True)]
+    assert all(same)
+    assert any(
+        a.shape != b.shape or not torch.equal(a, b) for a, b in zip(once.parameters(), other.parameters(), strict=True)
+    )
+
+
+def test_grouped_queries_are_cut_in_whole_groups():
+    model = tiny_model("llama")
+    pruned = hc.prune(model, config(budget=0.5), [tiny_batch(model)])
+    for block in find_blocks(pruned):
+        assert block.attention.group_size == 2
+
+
+def test_pruning_twice_is_pruning():
+    model = tiny_model("bert", intermediate_size=64)
+    batches = [tiny_batch(model)]
+    once = hc.prune(model, config(budget=0.7), batches)
+    twice = hc.prune(once, config(budget=0.7), batches)
+    assert share(twice, model, config(), batches) <= 0.49
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"budget": 0}, "budget=0 is no share"),
+        ({"budget": 1.5}, "budget=1.5 is no share"),
+        ({"score": "magic"}, "score='magic' is unknown: give one of 'obs'"),
+        ({"units": ("heads", "toes")}, "give one or more of 'heads'"),
+        ({"multiple_of": 0}, "multiple_of=0"),
+        ({"ridge": -1.0}, "ridge=-1.0"),
+        ({"uniform": True, "scope": "local"}, "leave scope='global'"),
+        ({"score": "l2", "use_labels": True}, "takes no derivative"),
+    ],
+)
+def test_a_config_that_makes_no_sense_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        config(**changes)
+
+
+def nan_batch(model):
+    with torch.no_grad():
+        model.get_input_embeddings().weight[5] = float("nan")
+    batch = tiny_batch(model)
+    batch["input_ids"][0, 3] = 5
+    return batch
+
+
+def test_bad_input_is_refused():
+    model = tiny_model("bert", "BertForSequenceClassification")
+    batch = tiny_batch(model)
+    refused = [
+        (config(), None, "is computed from data, but data=None"),
+        (config(), [], "hold no batch"),
+        (config(), [{"input_ids": batch["input_ids"]}], "no attention_mask, but holds the padding token 1"),
+        (config(use_labels=True), [batch], "no labels: add a column"),
+        (config(budget=0.01), [batch], r"cannot be met.*Give budget=0\.\d+ or more"),
+        (config(multiple_of=100), [batch], "larger than the 24 neurons"),
+    ]
+    for settings, data, message in refused:
+        with pytest.raises(ValueError, match=message):
+            hc.prune(model, settings, data)
+    with pytest.raises(TypeError, match="a dict of tensors is needed"):
+        hc.prune(model, config(), ["a text"])
+    with pytest.raises(TypeError, match="does not say how to prune"):
+        hc.prune(model, {"budget": 0.5}, [batch])
+    with pytest.raises(ValueError, match="hold NaN or infinity"):
+        hc.prune(model, config(), [nan_batch(model)])
+
+
+def test_a_calibration_by_another_score_is_refused():
+    model = tiny_model("bert")
+    calibration = hc.calibrate(model, config(score="l2"), [tiny_batch(model)])
+    with pytest.raises(ValueError, match="made with score='l2', and score='obs' is asked for"):
+        hc.prune(model, config(), calibration)
+
+
+def test_the_mask_of_a_decoder_is_its_own():
+    batch = {"input_ids": torch.ones(2, 5), "attention_mask": torch.tensor([[1] * 5, [1] * 3 + [0] * 2])}
+    assert token_mask(batch, "encoder").sum() == 8
+    batch |= {"decoder_input_ids": torch.ones(2, 4)}
+    assert token_mask(batch, "decoder").shape == (2, 4)
+    assert token_mask(batch, "decoder").all()
