@@ -56,7 +56,7 @@ class PruningBench:
         self.teachers = Bench(argparse.Namespace(work=options.teachers, data=options.data, seeds=1))
         self.folder = Path(options.work)
         (self.folder / "cells").mkdir(parents=True, exist_ok=True)
-        self.calibrations: dict[tuple, Any] = {}
+        self.calibrated: tuple[str, int, hc.Calibration, float] | None = None
 
     def teacher(self, task: str) -> PreTrainedModel:
         self.teachers.teacher(task)

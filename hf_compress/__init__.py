@@ -11,6 +11,7 @@ _MODULES = {
     "Cost": "hf_compress.evaluation.cost",
     "DistillationArguments": "hf_compress.distillation.arguments",
     "DistillationTrainer": "hf_compress.distillation.trainer",
+    "PruningCallback": "hf_compress.pruning.callback",
     "StageConfig": "hf_compress.distillation.arguments",
     "StructuredPruningConfig": "hf_compress.pruning.config",
     "StudentConfig": "hf_compress.distillation.config",

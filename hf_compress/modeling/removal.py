@@ -99,12 +99,13 @@ class WithoutHeads(nn.Module):
         layout = self.attention_layout
         if past_key_values is not None and layout.kind == "self":
             _count_tokens_(past_key_values, self.layer_idx, hidden_states)
-        batch, length = hidden_states.shape[:2]
-        states = hidden_states.new_empty(batch, length, 0)
+        # A slice has a graph: a norm before this gets gradients, zeros, as distributed training asks for.
+        states = hidden_states[..., :0]
         for path in layout.tail:
             states = self.get_submodule(path)(states)
         if layout.post_norm is not None:
             states = self.get_submodule(layout.post_norm)(hidden_states + states)
+        batch, length = hidden_states.shape[:2]
         weights = hidden_states.new_empty(batch, 0, length, 0) if self._is_eager() else None
         return (states, *(kwargs[name] for name in layout.passes_on), weights)
 

@@ -28,6 +28,8 @@ from hf_compress.pruning.units import Part, Site, count_units, find_sites, unit_
 
 logger = logging.getLogger(__name__)
 
+USUAL_LENGTH = 128.0
+
 Data = Iterable[Mapping[str, Any]] | Calibration
 
 
@@ -114,19 +116,42 @@ def prune_to_(
         calibration (`Calibration`): Of the model as it is now.
         target (`float`): The cost that must not be exceeded.
     """
-    blocks = find_blocks(model)
-    sites = find_sites(blocks, [unit for unit in config.units if unit != "layers"])
-    costs = unit_costs(sites, config, calibration.batches, blocks)
-    fixed = total_costs(model, config, calibration.batches) - sum(costs[s.name] * s.n_units for s in sites)
-    curves = [make_curve(site, costs[site.name], calibration, config) for site in sites]
-    levels = search(curves, target - fixed, config)
-    kept = {
-        site.name: calibration.removals[site.name].order[site.n_units - int(curve.kept[level]) :].sort().values
-        for site, curve, level in zip(sites, curves, levels, strict=True)
-    }
+    sites = find_sites(find_blocks(model))
+    kept = choose_units(model, sites, config, calibration, target)
     if config.repair != "none":
         repair_(model, reference, sites, kept, config, calibration.batches)
     cut_(model, sites, kept)
+
+
+def choose_units(
+    model: nn.Module,
+    sites: Sequence[Site],
+    config: StructuredPruningConfig,
+    calibration: Calibration,
+    target: float,
+) -> dict[str, torch.Tensor]:
+    """Which units stay, within a target.
+
+    Args:
+        model (`nn.Module`): The model that was calibrated.
+        sites (`Sequence[Site]`): All of its sites; those whose units the config leaves alone are kept whole.
+        config (`StructuredPruningConfig`): What may be cut and how it is planned.
+        calibration (`Calibration`): Scores of the units.
+        target (`float`): The cost that must not be exceeded.
+
+    Returns:
+        `dict[str, torch.Tensor]`: By site, rising indices of the units that stay.
+
+    Raises:
+        ValueError: if the target cannot be met.
+    """
+    costs = unit_costs(sites, config, calibration.batches)
+    curves = [make_curve(site, costs[site.name], calibration, config) for site in sites]
+    levels = search(curves, target, config)
+    return {
+        site.name: calibration.removals[site.name].order[site.n_units - int(curve.kept[level]) :].sort().values
+        for site, curve, level in zip(sites, curves, levels, strict=True)
+    }
 
 
 def search(curves: Sequence[plan.Curve], target: float, config: StructuredPruningConfig) -> plan.Plan:
@@ -153,6 +178,8 @@ def make_curve(site: Site, unit_cost: float, calibration: Calibration, config: S
     Raises:
         ValueError: if `multiple_of` is larger than the site.
     """
+    if site.kind not in config.units:
+        return plan.Curve(np.array([site.n_units]), np.zeros(1), np.array([site.n_units * unit_cost]), site.name)
     step = config.multiple_of if site.kind == "neurons" else 1
     if step > site.n_units:
         raise ValueError(
@@ -168,21 +195,18 @@ def make_curve(site: Site, unit_cost: float, calibration: Calibration, config: S
     return plan.Curve(kept, error, kept * unit_cost, site.kind)
 
 
-def unit_costs(
-    sites: Sequence[Site], config: StructuredPruningConfig, batches: Sequence[Batch], blocks: Sequence[Block]
-) -> dict[str, float]:
+def unit_costs(sites: Sequence[Site], config: StructuredPruningConfig, batches: Sequence[Batch]) -> dict[str, float]:
     """The cost of one unit of each site, by the config's measure."""
-    lengths = {
-        stack: text_length(batches, stack) if batches else (128.0, 128.0) for stack in {b.stack for b in blocks}
-    }
+    stacks = {site.name.split(".")[0] for site in sites}
+    # Without data, the length only shifts the weight between heads and neurons.
+    lengths = {stack: text_length(batches, stack) if batches else (USUAL_LENGTH, USUAL_LENGTH) for stack in stacks}
     return {site.name: site_cost(site, config.cost, *lengths[site.name.split(".")[0]]) for site in sites}
 
 
 def total_costs(model: nn.Module, config: StructuredPruningConfig, batches: Sequence[Batch]) -> float:
     """The cost of all heads and neurons of a model, by the config's measure."""
-    blocks = find_blocks(model)
-    sites = find_sites(blocks)
-    costs = unit_costs(sites, config, batches, blocks)
+    sites = find_sites(find_blocks(model))
+    costs = unit_costs(sites, config, batches)
     return sum(costs[site.name] * site.n_units for site in sites)
 
 

@@ -1,0 +1,128 @@
+import logging
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
+
+import hf_compress as hc
+from hf_compress.checkpoint.widths import read_widths
+from hf_compress.pruning.callback import cubic_budget
+from hf_compress.pruning.structured import total_costs
+from tests.modeling.tiny import difference, predict, tiny_batch, tiny_model
+
+ROWS = [
+    {"input_ids": [0, 5 + i % 30, 3 + i % 17, 2], "attention_mask": [1] * 4, "labels": i % 2} for i in range(64)
+]  # fmt: skip
+
+
+def classifier():
+    return tiny_model("bert", "BertForSequenceClassification", intermediate_size=64)
+
+
+def config(**values):
+    return hc.StructuredPruningConfig(**({"budget": 0.5, "multiple_of": 4} | values))
+
+
+def trainer(folder, callback, model=None, distilled=False, **values):
+    settings = {
+        "max_steps": 12,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-3,
+        "save_strategy": "no",
+    } | values
+    common = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "logging_strategy": "no"}
+    model = classifier() if model is None else model
+    if distilled:
+        args = hc.DistillationArguments(str(folder), **settings, **common)
+        return hc.DistillationTrainer(model, args, teacher=classifier(), train_dataset=ROWS, callbacks=[callback])
+    args = TrainingArguments(str(folder), **settings, **common)
+    return Trainer(model, args, train_dataset=ROWS, callbacks=[callback])
+
+
+def test_the_schedule_is_cubic():
+    assert cubic_budget(0, 0.2) == 1
+    assert cubic_budget(1, 0.2) == cubic_budget(2, 0.2) == pytest.approx(0.2)
+    assert cubic_budget(0.5, 0.2) == pytest.approx(0.2 + 0.8 / 8)
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+@pytest.mark.parametrize("score", ["obs", "l2"])
+def test_the_trained_model_is_cut_to_the_budget_and_reloads_exactly(distilled, score, tmp_path):
+    callback = hc.PruningCallback(config(score=score), end=0.7, n_updates=3)
+    run = trainer(tmp_path, callback, distilled=distilled)
+    run.train()
+    left = total_costs(run.model, config(), callback._batches) / total_costs(classifier(), config(), callback._batches)
+    assert left <= 0.5
+    run.save_model(tmp_path / "model")
+    reloaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", attn_implementation="eager")
+    batch = tiny_batch(reloaded)
+    assert difference(predict(reloaded, batch), predict(run.model.eval(), batch)) == 0
+
+
+def test_the_cut_changes_no_output(tmp_path):
+    callback = hc.PruningCallback(config(), n_updates=2)
+    run = trainer(tmp_path, callback)
+    batch = tiny_batch(run.model)
+    before = {}
+    cut = callback.on_train_end
+
+    def look(*args, model, **kwargs):
+        model.eval()
+        before["gated"] = predict(model, batch)
+        cut(*args, model=model, **kwargs)
+
+    callback.on_train_end = look
+    run.train()
+    assert read_widths(run.model) != read_widths(classifier())
+    assert difference(predict(run.model.eval(), batch), before["gated"]) <= 1e-5
+
+
+class Stop(Exception):  # noqa: N818
+    pass
+
+
+class Interrupted(hc.PruningCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 6:
+            raise Stop
+        super().on_step_begin(args, state, control, **kwargs)
+
+
+def test_what_is_off_stays_off_and_a_resumed_run_ends_alike(tmp_path):
+    batches = [tiny_batch(classifier())]
+    steps = {"save_strategy": "steps", "save_steps": 5}
+    whole = trainer(tmp_path / "whole", hc.PruningCallback(config(), batches, n_updates=4))
+    whole.train()
+    with pytest.raises(Stop):
+        trainer(tmp_path / "parts", Interrupted(config(), batches, n_updates=4), **steps).train()
+    second = trainer(tmp_path / "parts", hc.PruningCallback(config(), batches, n_updates=4), **steps)
+    second.train(resume_from_checkpoint=True)
+    assert read_widths(second.model) == read_widths(whole.model)
+    for (name, one), other in zip(whole.model.named_parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_a_best_model_from_before_the_end_is_doubtful(tmp_path, caplog):
+    model = classifier()
+    args = TrainingArguments(
+        str(tmp_path), load_best_model_at_end=True, eval_strategy="steps", save_strategy="steps", use_cpu=True
+    )
+    with caplog.at_level(logging.WARNING, "hf_compress"):
+        hc.PruningCallback(config()).on_train_begin(
+            args, None, None, model=model, train_dataloader=[tiny_batch(model)]
+        )
+    assert "load_best_model_at_end may bring back weights" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "values", "message"),
+    [
+        ({}, {"begin": 0.7, "end": 0.2}, "begin=0.7 and end=0.2"),
+        ({}, {"n_updates": 0}, "n_updates=0"),
+        ({"steps": 2}, {}, "steps=2"),
+        ({"cost": "latency"}, {}, "cost='latency'"),
+    ],
+)
+def test_a_schedule_that_makes_no_sense_is_refused(settings, values, message):
+    with pytest.raises(ValueError, match=message):
+        hc.PruningCallback(config(**settings), **values)
