@@ -122,6 +122,7 @@ def kwon_cut(
     seed: int = 0,
     tune: bool = True,
     reference: Literal["halfway", "dense"] = "halfway",
+    failure: Literal["stop", "skip"] = "stop",
 ) -> PreTrainedModel:
     """Mask search, mask rearrangement and mask tuning of Kwon et al., with the tuned mask folded into the weights.
 
@@ -133,6 +134,8 @@ def kwon_cut(
         tune: Whether to tune the mask.
         reference: Whose outputs it is tuned to: "dense" is the whole model, as in the paper; "halfway" the model
             pruned to the root of the budget, as in its authors' code.
+        failure: What follows on a failed solution: "stop" leaves all parts above as they are, as in the paper and its
+            authors' code; "skip" only the part itself.
     """
     dense = copy.deepcopy(model).eval()
     gradients = gate_gradients(dense, batches, sampled_targets(dense, batches, seed))
@@ -144,7 +147,7 @@ def kwon_cut(
     if tune:
         halfway = reference == "halfway"
         target = cut(dense, search_masks(parts, fisher, length, budget**0.5)) if halfway else dense
-        tune_(pruned, target, batches)
+        tune_(pruned, target, batches, stops=failure == "stop")
     return pruned
 
 
@@ -226,10 +229,12 @@ def rearranged(mask: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def tune_(pruned: PreTrainedModel, reference: PreTrainedModel, batches: Batches) -> list[torch.Tensor]:
+def tune_(
+    pruned: PreTrainedModel, reference: PreTrainedModel, batches: Batches, stops: bool = True
+) -> list[torch.Tensor]:
     """Mask tuning (section 4.3): one scale per unit, part by part from the input, folded into output projections.
 
-    The first attention is left as it is. Where a solution fails, this part and all above keep their mask.
+    As in the authors' code, the first attention is left as it is.
 
     Returns:
         Scales, 1 where a part was not tuned.
@@ -245,7 +250,9 @@ def tune_(pruned: PreTrainedModel, reference: PreTrainedModel, batches: Batches)
         change, reason = lsmr(matrix, right, damp=1.0, maxiter=5 * len(right))[:2]
         scale = 1 + torch.from_numpy(change[: n_units(part)]).float()
         if reason > CONVERGED or scale.abs().max() > LARGEST_SCALE:
-            break
+            if stops:
+                break
+            continue
         scales[place] = scale
         part.output.weight.mul_(scale.repeat_interleave(in_width(part.output) // n_units(part)))
     return scales

@@ -118,14 +118,40 @@ def evaluation_split(splits: "DatasetDict", name: str | None = None) -> str:
     )
 
 
-def check_columns(dataset: "Dataset", split: str, text_columns: Sequence[str], label_column: str) -> None:
+def check_splits(
+    splits: "DatasetDict", eval_split: str | None, text_columns: Sequence[str], label_column: str, trains: bool = True
+) -> str:
+    """Raises if a data set has no split to learn from or none to measure on, or these do not have what they need.
+
+    Args:
+        splits (`DatasetDict`): The data set.
+        eval_split (`str`, *optional*): As for `evaluation_split`.
+        text_columns (sequence of `str`): One column of texts, or two for pairs.
+        label_column (`str`): The column of labels.
+        trains (`bool`, *optional*, defaults to `True`): Whether the split `train` needs labels too.
+
+    Returns:
+        `str`: The split to measure on.
+
+    Raises:
+        ValueError: with what is wrong and what there is.
+    """
+    test_split = evaluation_split(splits, eval_split)
+    if "train" not in splits:
+        raise ValueError(f"The data set has no split 'train' to learn from, only {', '.join(splits)}.")
+    check_columns(splits["train"], "train", text_columns, label_column if trains else None)
+    check_columns(splits[test_split], test_split, text_columns, label_column)
+    return test_split
+
+
+def check_columns(dataset: "Dataset", split: str, text_columns: Sequence[str], label_column: str | None) -> None:
     """Raises if a split cannot be learned from: it is empty, a column is missing, or texts or labels are none.
 
     Args:
         dataset (`Dataset`): The split.
         split (`str`): Its name, for the message.
         text_columns (sequence of `str`): One column of texts, or two for pairs.
-        label_column (`str`): The column of labels.
+        label_column (`str` or `None`): The column of labels; `None` where none are needed.
 
     Raises:
         ValueError: with what is wrong and what there is.
@@ -136,13 +162,14 @@ def check_columns(dataset: "Dataset", split: str, text_columns: Sequence[str], l
         raise ValueError(
             f"text_columns={list(text_columns)}: name one column of texts, or two different ones for pairs."
         )
-    for column in (*text_columns, label_column):
+    columns = [*text_columns] if label_column is None else [*text_columns, label_column]
+    for column in columns:
         if column not in dataset.column_names:
             raise ValueError(
                 f"The split {split!r} has no column {column!r}; its columns are {', '.join(dataset.column_names)}. "
                 "Name the right ones with --text-columns and --label-column."
             )
-    for column in (*text_columns, label_column):
+    for column in columns:
         what = "name and no number" if column == label_column else "text"
         types = str | int | float if column == label_column else str
         values = list(dataset[column])
@@ -288,7 +315,7 @@ def tokenize(
     dataset: "Dataset",
     tokenizer: "PreTrainedTokenizerBase",
     text_columns: Sequence[str],
-    labels: Sequence[Any],
+    labels: Sequence[Any] | None,
     max_length: int,
 ) -> "Dataset":
     """Turns texts into model inputs; texts longer than `max_length` are cut.
@@ -297,11 +324,12 @@ def tokenize(
         dataset (`Dataset`): A checked split.
         tokenizer (`PreTrainedTokenizerBase`): The tokenizer.
         text_columns (sequence of `str`): One column of texts, or two for pairs.
-        labels (sequence): One label per row.
+        labels (sequence or `None`): One label per row; `None` for texts without labels.
         max_length (`int`): Tokens per row at most, special tokens included.
 
     Returns:
-        `Dataset`: The tokenizer's columns, `labels`, and `length` in tokens, for batches of similar lengths.
+        `Dataset`: The tokenizer's columns, `labels` where given, and `length` in tokens, for batches of similar
+            lengths.
 
     Raises:
         ValueError: if `max_length` leaves no room for a token of each text.
@@ -322,7 +350,7 @@ def tokenize(
         return {**encoded, "length": [len(ids) for ids in encoded["input_ids"]]}
 
     encoded = texts.map(encode, batched=True, remove_columns=texts.column_names, desc="Tokenizing")
-    return encoded.add_column("labels", list(labels))
+    return encoded if labels is None else encoded.add_column("labels", list(labels))
 
 
 def check_length(model: "PreTrainedModel", dataset: "Dataset") -> None:

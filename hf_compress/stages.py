@@ -5,13 +5,16 @@ import logging
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +25,7 @@ _MADE_BY = "hf-compress"
 _WORK, _PARTIAL = ".training", ".partial"
 
 
-def open_run(folder: Path, settings: dict[str, Any], overwrite: bool, stages: Sequence[str] = ()) -> None:
+def open_run(folder: Path, settings: dict[str, Any], overwrite: bool, results: Sequence[str] = ()) -> None:
     """Takes an output folder for a run, or continues the same run in it.
 
     Args:
@@ -30,7 +33,8 @@ def open_run(folder: Path, settings: dict[str, Any], overwrite: bool, stages: Se
         settings (`dict`): What the run was asked for, as plain JSON types. It is stored, so that a run continues only
             what it began itself.
         overwrite (`bool`): Whether the results of an earlier run in the folder may be deleted; files of others stay.
-        stages (sequence of `str`, *optional*): Names of the folders that the run trains into.
+        results (sequence of `str`, *optional*): Names of the folders and files that the run makes, besides its report.
+            They are stored too, since a run that overwrites this one may make others.
 
     Raises:
         ValueError: if the folder holds a finished run, one with other settings, or files that no run made.
@@ -39,31 +43,32 @@ def open_run(folder: Path, settings: dict[str, Any], overwrite: bool, stages: Se
         raise ValueError(f"The output folder {folder} is a file: give a new or an empty folder.")
     run_file = folder / RUN_FILE
     unfinished = run_file.with_suffix(".partial")
-    stored = _stored_settings(run_file)
+    stored = _read_run(run_file)
     if stored is not None and not overwrite:
-        _check_continuable(folder, stored, settings)
+        _check_continuable(folder, stored["settings"], settings)
         logger.info("Continuing the run in %s.", folder)
         return
     if stored is not None:
-        _delete_results(folder, stages)
+        _delete_results(folder, [*stored.get("results", []), *results])
     elif folder.exists() and any(path != unfinished for path in folder.iterdir()):
         raise ValueError(
             f"The output folder {folder} holds files that are not of a run of {_MADE_BY}, so nothing is written "
             "there and nothing deleted: give a new or an empty folder."
         )
     folder.mkdir(parents=True, exist_ok=True)
-    unfinished.write_text(json.dumps({"made_by": _MADE_BY, "settings": settings}, indent=2) + "\n")
+    content = {"made_by": _MADE_BY, "settings": settings, "results": list(results)}
+    unfinished.write_text(json.dumps(content, indent=2) + "\n")
     unfinished.rename(run_file)
 
 
-def _stored_settings(run_file: Path) -> dict[str, Any] | None:
-    """The settings in a run's file; `None` if there is none, or another program's of that name."""
+def _read_run(run_file: Path) -> dict[str, Any] | None:
+    """What a run's file holds; `None` if there is none, or another program's of that name."""
     try:
         content = json.loads(run_file.read_text())
     except (FileNotFoundError, ValueError):
         return None
     is_ours = isinstance(content, dict) and content.get("made_by") == _MADE_BY
-    return content["settings"] if is_ours else None
+    return content if is_ours else None
 
 
 def _check_continuable(folder: Path, stored: dict[str, Any], settings: dict[str, Any]) -> None:
@@ -81,13 +86,16 @@ def _check_continuable(folder: Path, stored: dict[str, Any], settings: dict[str,
         )
 
 
-def _delete_results(folder: Path, stages: Sequence[str]) -> None:
+def _delete_results(folder: Path, results: Sequence[str]) -> None:
     # By name, because someone may keep notes, or models made of these, in the same folder.
-    for name in (REPORT_FILE, "report.md", f"{REPORT_FILE}.partial"):
-        (folder / name).unlink(missing_ok=True)
-    for stage in stages:
+    for name in (REPORT_FILE, "report.md", *results):
         for suffix in ("", _WORK, _PARTIAL):
-            shutil.rmtree(folder / f"{stage}{suffix}", ignore_errors=True)
+            # The name alone: a file that was tampered with must not lead out of the folder.
+            path = folder / Path(f"{name}{suffix}").name
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def train_once(folder: Path, make_trainer: Callable[[Path], Trainer]) -> bool:
@@ -114,14 +122,25 @@ def train_once(folder: Path, make_trainer: Callable[[Path], Trainer]) -> bool:
         logger.info("%s continues from %s.", folder.name, checkpoint.name)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
     if trainer.is_world_process_zero():
-        partial = folder.with_name(folder.name + _PARTIAL)
-        trainer.model.save_pretrained(partial)
-        if trainer.processing_class is not None:
-            trainer.processing_class.save_pretrained(partial)
-        partial.rename(folder)
+        save_whole(folder, trainer.model, trainer.processing_class)
         shutil.rmtree(work, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
     return True
+
+
+def save_whole(folder: Path, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None") -> None:
+    """Saves a model so that its folder appears with all of it or not at all.
+
+    Args:
+        folder (`Path`): Where to; there must be nothing yet.
+        model (`PreTrainedModel`): The model.
+        tokenizer (`PreTrainedTokenizerBase` or `None`): Its tokenizer.
+    """
+    partial = folder.with_name(folder.name + _PARTIAL)
+    model.save_pretrained(partial)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(partial)
+    partial.rename(folder)
 
 
 def last_checkpoint(folder: Path) -> Path | None:

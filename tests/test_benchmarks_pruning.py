@@ -135,7 +135,7 @@ def test_folded_scales_are_gates(baselines, monkeypatch, reference):
     masks, scales = [], []
     rearranged, tune = baselines.rearranged, baselines.tune_
     monkeypatch.setattr(baselines, "rearranged", lambda *args: masks.append(rearranged(*args)) or masks[-1])
-    monkeypatch.setattr(baselines, "tune_", lambda *args: scales.extend(tune(*args)))
+    monkeypatch.setattr(baselines, "tune_", lambda *args, **kwargs: scales.extend(tune(*args, **kwargs)))
     kwon = partial(baselines.kwon_cut, model, batches, 0.5)
     tuned = kwon(reference=reference)
     assert any((scale != 1).any() for scale in scales[1:])

@@ -1,7 +1,7 @@
 """Calibration data: batches of inputs, checked, and which of their tokens are real."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -105,6 +105,11 @@ def text_length(batches: Iterable[Mapping[str, torch.Tensor]], stack: str) -> tu
     """
     lengths = torch.cat([token_mask(batch, stack).sum(1) for batch in batches]).double()
     return lengths.mean().item(), (lengths.square().mean() / lengths.mean()).item()
+
+
+def median_batch(batches: Sequence[Batch]) -> Batch:
+    """The batch of median size, the one to take times with."""
+    return sorted(batches, key=lambda batch: next(iter(batch.values())).numel())[len(batches) // 2]
 
 
 def check_finite(name: str, values: torch.Tensor) -> None:

@@ -13,13 +13,14 @@ from hf_compress.modeling.capture import visit_inputs
 from hf_compress.modeling.projections import read_matrix
 from hf_compress.modeling.tasks import unwrap
 from hf_compress.pruning import scores
-from hf_compress.pruning.batches import Batch, check_finite, read_batches, token_mask
+from hf_compress.pruning.batches import Batch, check_finite, median_batch, read_batches, token_mask
 from hf_compress.pruning.config import BLIND_SCORES, StructuredPruningConfig
+from hf_compress.pruning.latency import LatencyTable, measure_latency_table
 from hf_compress.pruning.obs import Removal, removal_curve
 from hf_compress.pruning.repair import Moments
 from hf_compress.pruning.replay import Replay
 from hf_compress.pruning.sensitivity import Sensitivity, frozen, measure_sensitivity
-from hf_compress.pruning.units import Part, Site, count_units, find_sites, unit_size
+from hf_compress.pruning.units import Part, Site, allowed_widths, count_units, find_sites, unit_size
 
 # Tokens that matter to no prediction still count a little, so that nothing is fitted to a handful of tokens alone.
 EVEN_SHARE = 0.1
@@ -35,11 +36,13 @@ class Calibration:
         batches (`list[dict[str, torch.Tensor]]`): The inputs, on the model's device.
         removals (`dict[str, Removal]`): By site, the order in which its units go and what that costs.
         config (`StructuredPruningConfig`): What the scores were computed by.
+        latency (`LatencyTable`, *optional*): Times at every width, for `cost="latency"`.
     """
 
     batches: list[Batch]
     removals: dict[str, Removal]
     config: StructuredPruningConfig
+    latency: LatencyTable | None = None
 
 
 def calibrate(
@@ -49,7 +52,7 @@ def calibrate(
 
     Args:
         model (`nn.Module`): A Transformers model of a known architecture.
-        config (`StructuredPruningConfig`): `score`, `units`, `use_labels` and `seed` matter here.
+        config (`StructuredPruningConfig`): `score`, `cost`, `units`, `use_labels` and `seed` matter here.
         data (`Iterable[Mapping[str, torch.Tensor]]`, *optional*): Batches of inputs; a few hundred texts without
             labels are enough. Norms of weights and random scores need none.
 
@@ -69,7 +72,15 @@ def calibrate(
     batches = [] if data is None else read_batches(model, data, config.use_labels)
     blocks = find_blocks(model)
     sites = find_sites(blocks)
-    return Calibration(batches, _removals(model, blocks, sites, batches, config), config)
+    latency = _measure_latency(model, sites, batches, config) if config.cost == "latency" else None
+    # Whole layers are tried out, not scored.
+    removals = {} if config.units == ("layers",) else _removals(model, blocks, sites, batches, config)
+    return Calibration(batches, removals, config, latency)
+
+
+def _measure_latency(model: nn.Module, sites: list[Site], batches: list[Batch], config) -> LatencyTable:
+    levels = {site: allowed_widths(site, config.multiple_of, "layers" in config.units) for site in sites}
+    return measure_latency_table(model, sites, levels, median_batch(batches))
 
 
 def _removals(model, blocks: list[Block], sites: list[Site], batches, config) -> dict[str, Removal]:

@@ -19,7 +19,9 @@ from hf_compress.modeling.projections import read_matrix
 from hf_compress.modeling.tasks import unwrap
 from hf_compress.pruning.calibration import calibrate
 from hf_compress.pruning.config import StructuredPruningConfig
-from hf_compress.pruning.structured import check_prunable, choose_units, cut_, total_costs
+from hf_compress.pruning.costs import Costs
+from hf_compress.pruning.cutting import cut_
+from hf_compress.pruning.structured import check_prunable, choose_units
 from hf_compress.pruning.units import Part, Site, find_sites, unit_size
 
 logger = logging.getLogger(__name__)
@@ -135,8 +137,9 @@ class PruningCallback(TrainerCallback):
         found = [None]
         if PartialState().process_index == 0:
             calibration = calibrate(model, self.config, self._batches or None)
-            whole = total_costs(model, self.config, calibration.batches)
-            found = [choose_units(model, self._sites, self.config, calibration, budget * whole)]
+            costs = Costs(self.config.cost, self._sites, calibration.batches)
+            target = budget * costs.total(self._sites)
+            found = [choose_units(self._sites, self.config, calibration, costs, target)]
         kept = broadcast_object_list(found)[0]
         for site in self._sites:
             for part in site.parts:

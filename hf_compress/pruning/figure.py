@@ -9,7 +9,7 @@ from hf_compress.checkpoint.config import FFN_WIDTH
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure, SubFigure
+    from matplotlib.figure import SubFigure
 
 Widths = Mapping[str, Mapping[str, int]]
 

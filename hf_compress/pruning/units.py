@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hf_compress.modeling.blocks import FFN, Attention, Block
+from hf_compress.modeling.removal import can_remove
 
 UnitKind = Literal["heads", "neurons"]
 Part = Attention | FFN
@@ -71,3 +72,28 @@ def count_units(part: Part) -> int:
 def unit_size(part: Part) -> int:
     """Inputs of the output projection that belong to one unit."""
     return 1 if isinstance(part, FFN) else part.group_size * part.head_dim
+
+
+def allowed_widths(site: Site, multiple_of: int, may_go: bool) -> list[int]:
+    """How many units a site may keep.
+
+    Args:
+        site (`Site`): Heads or neurons.
+        multiple_of (`int`): Neurons come in multiples of so many, but for all of them.
+        may_go (`bool`): Whether none may stay, where the architecture can do without.
+
+    Returns:
+        `list[int]`: Falling, from all of them.
+
+    Raises:
+        ValueError: if `multiple_of` is larger than the site.
+    """
+    step = multiple_of if site.kind == "neurons" else 1
+    if step > site.n_units:
+        raise ValueError(
+            f"multiple_of={step} is larger than the {site.n_units} neurons of {site.name}: give at most that."
+        )
+    widths = list(range(site.n_units // step * step, 0, -step))
+    if widths[0] != site.n_units:
+        widths.insert(0, site.n_units)
+    return widths + [0] * (may_go and all(can_remove(part) for part in site.parts))

@@ -74,8 +74,8 @@ def _check_fit(model: PreTrainedModel, vocabulary: PieceVocabulary) -> None:
     n_rows, largest = embeddings[0].num_embeddings, max(vocabulary.ids.values())
     if largest >= n_rows:
         raise ValueError(
-            f"The tokenizer has ids up to {largest}, but {name} has embeddings for {n_rows} tokens: give the tokenizer "
-            "that belongs to the model, or, where tokens were added to it, call "
+            f"The tokenizer has ids up to {largest}, but {name} has embeddings for {n_rows} tokens: give the "
+            "tokenizer that belongs to the model, or, where tokens were added to it, call "
             "model.resize_token_embeddings(len(tokenizer)) and train them first."
         )
 
@@ -150,8 +150,8 @@ def _strings(row: Any, number: int) -> Sequence[str]:
     strings = [row] if isinstance(row, str) else row
     if not isinstance(strings, list | tuple) or not all(isinstance(text, str) for text in strings):
         raise TypeError(
-            f"Text {number} of the corpus is {row!r:.80}, but a text is a string, or a tuple of strings: give strings, "
-            "for instance dataset['text'] instead of dataset."
+            f"Text {number} of the corpus is {row!r:.80}, but a text is a string, or a tuple of strings: give "
+            "strings, for instance dataset['text'] instead of dataset."
         )
     return strings
 

@@ -1,10 +1,9 @@
 """A cut checkpoint goes wherever a stock one goes, and its weights come out bit for bit."""
 
+import copy
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -27,8 +26,6 @@ from tests.modeling.test_surgery import generate
 from tests.modeling.tiny import DECODERS, MODEL_TYPES, auto_class, difference, predict, tiny_batch, tiny_model
 from tests.tiny_job import save_tiny_bert, tiny_texts, tiny_tokenizer
 
-ROOT = Path(__file__).parents[2]
-
 
 def remove_unevenly_(model) -> None:
     """Whole parts here and there; the other blocks keep other heads and neurons each."""
@@ -47,17 +44,15 @@ def cut_evenly_(model) -> None:
 
 
 def cast_(model, dtype: torch.dtype):
-    """Cast what a checkpoint holds: tables of angles are computed anew when a model is loaded, in float32."""
-    for tensor in model.state_dict().values():
-        tensor.data = tensor.data.to(dtype) if tensor.is_floating_point() else tensor.data
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            parameter.data = parameter.data.to(dtype)
+    """Cast what a checkpoint holds, unlike `.to`: tables of angles are computed in float32 when a model is loaded."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
     return model
 
 
 def batch_for(model) -> dict[str, torch.Tensor]:
-    return {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in tiny_batch(model).items()}
+    inputs = tiny_batch(model, tokens=tuple(range(3, 30)))
+    return {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
 
 
 def assert_equal(first, second) -> None:
@@ -71,8 +66,10 @@ def assert_equal(first, second) -> None:
     assert difference(predict(first.eval(), batch_for(first)), predict(second.eval(), batch_for(second))) == 0
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("cut_", [cut_evenly_, cut_unevenly_, remove_unevenly_])
+@pytest.mark.parametrize(
+    ("cut_", "dtype"),
+    [(cut_evenly_, torch.bfloat16), (remove_unevenly_, torch.bfloat16), (remove_unevenly_, torch.float32)],
+)
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_twice(model_type, cut_, dtype, tmp_path):
     model = tiny_model(model_type)
@@ -105,7 +102,7 @@ def test_shards(model_type, tmp_path):
 
 
 @pytest.mark.parametrize("model_type", ["bert", "gpt2", "t5"])
-@pytest.mark.parametrize("settings", [{"device_map": "cpu"}, {"device_map": "auto"}, {"device_map": {"": "cpu"}}])
+@pytest.mark.parametrize("settings", [{"device_map": "cpu"}, {"device_map": "auto"}, {"low_cpu_mem_usage": True}])
 def test_device_map(model_type, settings, tmp_path):
     model = removed_model(model_type, tmp_path)
     loaded = auto_class(model_type).from_pretrained(tmp_path, attn_implementation="eager", **settings)
@@ -193,6 +190,7 @@ def test_training_is_resumed_exactly(tmp_path):
 
 @pytest.mark.parametrize("targets", [["query", "value"], "all-linear"])
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors:UserWarning")
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft reads it
 def test_adapters(targets, tmp_path):
     from peft import LoraConfig, PeftModel, get_peft_model
 
@@ -210,7 +208,7 @@ def test_adapters(targets, tmp_path):
     assert_equal(load(tmp_path / "merged"), merged)
 
 
-@pytest.mark.parametrize(("model_type", "n_shards"), [("bert", 1), ("gpt2", 1), ("shard-gpt2", 5)])
+@pytest.mark.parametrize(("model_type", "n_shards"), [("bert", 1), ("gpt2", 1), ("gpt2", 6)])
 def test_what_is_pushed(model_type, n_shards, tmp_path, monkeypatch):
     pushed = []
 
@@ -222,10 +220,11 @@ def test_what_is_pushed(model_type, n_shards, tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create_repo)
     monkeypatch.setattr(huggingface_hub.HfApi, "create_commit", create_commit)
-    model = removed_model(model_type.removeprefix("shard-"), tmp_path / "local")
+    model = removed_model(model_type, tmp_path / "local")
     settings = {"max_shard_size": "10KB"} if n_shards > 1 else {}
     model.save_pretrained(tmp_path / "pushed", push_to_hub=True, repo_id="cut", **settings)
-    expected = {"config.json", "generation_config.json"} if model.can_generate() else {"config.json"}
+    # The card is an empty one, which Transformers itself adds to every model.
+    expected = {"README.md", "config.json"} | ({"generation_config.json"} if model.can_generate() else set())
     weights = {name for name in pushed if name.endswith(".safetensors")}
     assert len(weights) == n_shards
     index = {"model.safetensors.index.json"} if n_shards > 1 else set()
@@ -233,42 +232,41 @@ def test_what_is_pushed(model_type, n_shards, tmp_path, monkeypatch):
 
 
 LOAD = """
-import sys, torch
+import json, sys, traceback, torch
 from transformers import AutoModelForMaskedLM
-model = AutoModelForMaskedLM.from_pretrained(sys.argv[1], attn_implementation="eager").eval()
+
+inputs, errors = torch.load("inputs.pt"), {}
+for name in ("even", "uneven", "removed"):
+    try:
+        model = AutoModelForMaskedLM.from_pretrained(name, attn_implementation="eager").eval()
+    except Exception:
+        errors[name] = traceback.format_exc()
+        continue
+    with torch.no_grad():
+        torch.save(model(**inputs).logits, f"{name}.pt")
 assert "hf_compress" not in sys.modules
-inputs = torch.load(sys.argv[2])
-with torch.no_grad():
-    torch.save(model(**inputs).logits, sys.argv[3])
+json.dump(errors, open("errors.json", "w"))
 """
 
 
-def load_without_plugin(folder, inputs) -> subprocess.CompletedProcess:
-    torch.save(inputs, folder / "inputs.pt")
-    command = [sys.executable, "-c", LOAD, folder / "model", folder / "inputs.pt", folder / "logits.pt"]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=os.environ)
-
-
-def test_an_even_result_needs_no_plugin(tmp_path):
+def test_without_the_plugin_even_results_load_and_others_fail(tmp_path):
     model = tiny_model("bert")
-    cut_evenly_(model)
-    assert not write_widths_(model)
-    model.save_pretrained(tmp_path / "model")
-    done = load_without_plugin(tmp_path, tiny_batch(model))
+    torch.save(tiny_batch(model), tmp_path / "inputs.pt")
+    logits = {}
+    for name, cut_ in (("even", cut_evenly_), ("uneven", cut_unevenly_), ("removed", remove_unevenly_)):
+        cut = copy.deepcopy(model)
+        cut_(cut)
+        assert write_widths_(cut) == (name != "even")
+        cut.save_pretrained(tmp_path / name)
+        logits[name] = cut(**tiny_batch(model)).logits
+    done = subprocess.run([sys.executable, "-c", LOAD], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert difference(torch.load(tmp_path / "logits.pt"), model(**tiny_batch(model)).logits) == 0
-
-
-@pytest.mark.parametrize("cut_", [cut_unevenly_, remove_unevenly_])
-def test_an_uneven_result_does_not_load_wrong_without_the_plugin(cut_, tmp_path):
-    model = tiny_model("bert")
-    cut_(model)
-    assert write_widths_(model)
-    model.save_pretrained(tmp_path / "model")
-    done = load_without_plugin(tmp_path, tiny_batch(model))
-    assert done.returncode != 0
+    assert difference(torch.load(tmp_path / "even.pt"), logits["even"]) == 0
+    errors = json.loads((tmp_path / "errors.json").read_text())
+    assert errors.keys() == {"uneven", "removed"}
+    assert all("`ignore_mismatched_sizes` to `False`, thus raising an error" in error for error in errors.values())
+    # What it says before it fails is the only hint that a user gets.
     assert "hf_compress" in done.stderr
-    assert "size mismatch" in done.stderr or "MISMATCH" in done.stderr
 
 
 def test_widths_of_removed_parts_that_cannot_be(tmp_path):

@@ -8,7 +8,9 @@ import hf_compress as hc
 from hf_compress.checkpoint.widths import read_widths
 from hf_compress.modeling.blocks import find_blocks
 from hf_compress.pruning.batches import token_mask
-from hf_compress.pruning.structured import cut_, repair_, total_costs
+from hf_compress.pruning.costs import Costs
+from hf_compress.pruning.cutting import cut_
+from hf_compress.pruning.refit import repair_
 from hf_compress.pruning.units import find_sites
 from tests.modeling.tiny import MODEL_TYPES, auto_class, difference, predict, supports, tiny_batch, tiny_model
 
@@ -17,6 +19,11 @@ SCORES = ("obs", "fisher", "taylor", "activation", "l1", "l2", "linf", "random")
 
 def config(**values):
     return hc.StructuredPruningConfig(**({"multiple_of": 4} | values))
+
+
+def total_costs(model, settings, batches) -> float:
+    sites = find_sites(find_blocks(model))
+    return Costs(settings.cost, sites, batches).total(sites)
 
 
 def share(pruned, dense, settings, batches) -> float:
@@ -230,3 +237,41 @@ def test_the_mask_of_a_decoder_is_its_own():
     batch |= {"decoder_input_ids": torch.ones(2, 4)}
     assert token_mask(batch, "decoder").shape == (2, 4)
     assert token_mask(batch, "decoder").all()
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_whole_layers_go_down_to_the_budget(model_type, tmp_path):
+    model = tiny_model(model_type)
+    batches = [tiny_batch(model)]
+    settings = config(budget=0.7, units="layers")
+    pruned = hc.prune(model, settings, batches)
+    assert share(pruned, model, settings, batches) <= 0.7
+    pruned.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    reloaded = auto_class(model_type).from_pretrained(tmp_path, attn_implementation="eager")
+    assert difference(predict(reloaded, batches[0]), predict(pruned, batches[0])) == 0
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_sub_layers_go_where_they_may(model_type, tmp_path):
+    model = tiny_model(model_type)
+    batches = [tiny_batch(model)]
+    settings = config(budget=0.15, units=("heads", "neurons", "layers"))
+    pruned = hc.prune(model, settings, batches)
+    assert share(pruned, model, settings, batches) <= 0.15
+    assert 0 in {width for widths in read_widths(pruned).values() for width in widths.values()}
+    pruned.save_pretrained(tmp_path)
+    reloaded = auto_class(model_type).from_pretrained(tmp_path, attn_implementation="eager")
+    assert difference(predict(reloaded, batches[0]), predict(pruned, batches[0])) == 0
+
+
+def test_a_budget_of_time_is_met_by_the_table():
+    model = tiny_model("bert", intermediate_size=256)
+    batches = [tiny_batch(model)]
+    settings = config(budget=0.9, cost="latency", multiple_of=32)
+    calibration = hc.calibrate(model, settings, batches)
+    pruned = hc.prune(model, settings, calibration)
+    sites = find_sites(find_blocks(pruned))
+    assert Costs("latency", sites, batches, calibration.latency).total(sites) <= 0.9 * calibration.latency.total
+    with pytest.raises(ValueError, match="needs a table of times"):
+        hc.prune(model, settings, hc.calibrate(model, config(), batches))

@@ -1,0 +1,120 @@
+"""Repairing a live model after units were chosen to go, from the first block to the last."""
+
+import logging
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from hf_compress.modeling.blocks import Block, find_blocks
+from hf_compress.modeling.projections import read_matrix, spread, write_matrix_
+from hf_compress.pruning.batches import Batch, check_finite, token_mask
+from hf_compress.pruning.config import StructuredPruningConfig
+from hf_compress.pruning.repair import Moments, fit_projection, mean_compensation
+from hf_compress.pruning.replay import Replay
+from hf_compress.pruning.sensitivity import frozen
+from hf_compress.pruning.units import Part, Site, count_units, unit_size
+
+logger = logging.getLogger(__name__)
+
+
+def repair_(
+    model: nn.Module,
+    reference: nn.Module,
+    sites: Sequence[Site],
+    kept: Mapping[str, torch.Tensor],
+    config: StructuredPruningConfig,
+    batches: Sequence[Batch],
+) -> None:
+    """Fits the output projections to what the reference gives, from the first block to the last.
+
+    Inputs come from the model whose earlier blocks are pruned and repaired already. The target of a part is what the
+    reference's residual stream holds after it, less what the model's holds before it, so that later blocks make up for
+    what earlier ones could not. Units that go are left in place with weights of 0; `cut_` takes them out.
+
+    Args:
+        model (`nn.Module`): Is changed; no unit is cut yet that `kept` leaves out.
+        reference (`nn.Module`): The model itself, or one with as many blocks.
+        sites (`Sequence[Site]`): Of the model.
+        kept (`Mapping[str, torch.Tensor]`): By site, indices of the units that stay.
+        config (`StructuredPruningConfig`): `repair` and `ridge`.
+        batches (`Sequence[dict[str, torch.Tensor]]`): Calibration data.
+
+    Raises:
+        ValueError: if activations are not finite, or a fit is impossible.
+    """
+    kept_of = {part.name: kept[site.name] for site in sites for part in site.parts}
+    blocks, dense_blocks = find_blocks(model), find_blocks(reference)
+    is_changed = model is not reference
+    warn_of_few_tokens(sites, batches)
+    bar = tqdm(total=2 * len(blocks) * len(batches), desc="Repairing layers", unit="pass")
+    with frozen(model), frozen(reference), bar:
+        dense = Replay(reference, batches, bar.update)
+        pruned = Replay(model, batches, bar.update)
+        for block, dense_block in zip(blocks, dense_blocks, strict=True):
+            parts = [part for part in (*block.attentions, block.ffn) if part.name in kept_of]
+            targets = read_targets(dense, dense_block, {part.name for part in parts})
+            dense.finish(dense_block)
+            for part in parts:
+                # Up to the first cut there is nothing to make up for.
+                is_changed = is_changed or len(kept_of[part.name]) < count_units(part)
+                if not is_changed:
+                    continue
+                moments = Moments()
+                add_moments_(moments, pruned, block, part, targets)
+                check_finite(part.name, moments.xx())
+                refit_(part, kept_of[part.name], moments, config)
+            pruned.finish(block)
+
+
+def warn_of_few_tokens(sites: Sequence[Site], batches: Sequence[Batch]) -> None:
+    """Warns where there are fewer tokens than weights to be fitted for each output."""
+    n_tokens = sum(int(token_mask(batch, "encoder").sum()) for batch in batches)
+    widest = max(site.n_units * unit_size(site.parts[0]) for site in sites)
+    if n_tokens < widest:
+        logger.warning(
+            "The calibration data have %d tokens for up to %d weights of each output, so the repair stays close to "
+            "the old weights: give some hundred texts.",
+            n_tokens,
+            widest,
+        )
+
+
+def read_targets(dense: Replay, block: Block, names: set[str]) -> dict[tuple[str, int], list[torch.Tensor]]:
+    """The residual stream after each part of a block, by name of the part and number of the batch."""
+    targets: dict[tuple[str, int], list[torch.Tensor]] = {}
+
+    def read(number: int, part: Part, passage) -> None:
+        targets.setdefault((part.name, number), []).append(passage.outputs + passage.residual)
+
+    dense.visit(block, [part for part in (*block.attentions, block.ffn) if part.name in names], read)
+    return targets
+
+
+def add_moments_(moments: Moments, pruned: Replay, block: Block, part: Part, targets) -> None:
+    """Gathers what a part's projection is fitted by."""
+
+    def add(number: int, part: Part, passage) -> None:
+        # One after the other, where all layers share a block that is run several times.
+        target = targets[part.name, number].pop(0) - passage.residual
+        mask = token_mask(pruned.batches[number], block.stack, passage.inputs.shape[1])
+        moments.add(passage.inputs, target, mask.float())
+
+    pruned.visit(block, [part], add)
+
+
+def refit_(part: Part, kept: torch.Tensor, moments: Moments, config: StructuredPruningConfig) -> None:
+    """Gives a part's output projection new weights: 0 for the units that go."""
+    projection = part.output
+    has_bias = projection.bias is not None
+    inputs = torch.tensor(spread(kept.tolist(), unit_size(part)), dtype=torch.long)
+    old = read_matrix(projection).double().cpu()
+    weight, bias = old[:, inputs], None
+    if config.repair == "least_squares":
+        weight, bias = fit_projection(moments, inputs, weight, config.ridge, has_bias)
+    elif has_bias:
+        bias = mean_compensation(moments, inputs, weight)
+    new = torch.zeros_like(old)
+    new[:, inputs] = weight
+    write_matrix_(projection, new, bias if has_bias else None)
