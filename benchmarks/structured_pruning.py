@@ -5,8 +5,8 @@
 Teachers are those of `distillation_quality.py` (packaged MiniLM, 6 layers, fine-tuned), which are trained first where
 they are not there. A seed draws 512 texts of the training rows, without labels; on SST-2 of at least 16 tokens, since
 its training rows are mostly fragments of the sentences that it is tested on. All methods get the same texts and
-budgets, shares of the encoder's multiply-accumulates at their mean length; accuracy (entity F1 on WNUT-17) is of the test rows,
-for SST-2 of validation and test, in bf16 autocast, after the model was saved and loaded again:
+budgets, shares of the encoder's multiply-accumulates at their mean length. Accuracy (entity F1 on WNUT-17) is of the
+test rows, for SST-2 of validation and test, in bf16 autocast, after the model was saved and loaded again:
 
 - ours: `hc.prune` with its defaults; "unrepaired": the same with `repair="none"`;
 - random, l2, taylor (TextPruner's rule, 16 iterations) and kwon (Fisher masks, rearranged, with scalar tuning):

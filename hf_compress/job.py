@@ -1,12 +1,15 @@
-"""What a run is asked for: the job, and the training arguments that go with it."""
+"""What a run is asked for: the job, and the arguments or the config that go with it."""
 
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from hf_compress.distillation.arguments import DistillationArguments
 from hf_compress.distillation.config import StudentConfig
+from hf_compress.pruning.config import StructuredPruningConfig
+
+PRUNED = "pruned"
 
 # Arguments of a Trainer that would break what a run promises: the value they must keep, and why.
 _FIXED_ARGUMENTS = {
@@ -18,8 +21,8 @@ _FIXED_ARGUMENTS = {
 
 
 @dataclass
-class DistillJob:
-    """What to distil, and on which data."""
+class TextJob:
+    """A text classifier and its data, which every job has."""
 
     model: str = field(metadata={"help": "The model to compress: a folder, or a name on the Hub."})
     dataset: str = field(
@@ -28,6 +31,44 @@ class DistillJob:
             "or one such file."
         }
     )
+    # By name only, so that what a job cannot do without may follow.
+    dataset_name: str | None = field(
+        default=None,
+        kw_only=True,
+        metadata={"help": "Configuration of a Hub data set, for instance sst2 of nyu-mll/glue."},
+    )
+    text_columns: list[str] = field(
+        default_factory=lambda: ["text"],
+        kw_only=True,
+        metadata={"help": "Column of the texts, or two columns for pairs."},
+    )
+    label_column: str = field(
+        default="label", kw_only=True, metadata={"help": "Column of the labels: names, ids or numbers."}
+    )
+    eval_split: str | None = field(
+        default=None,
+        kw_only=True,
+        metadata={"help": "Split to measure on. By default validation, dev or test, the first there is."},
+    )
+    max_length: int = field(
+        default=128, kw_only=True, metadata={"help": "Tokens per text at most; longer texts are cut."}
+    )
+    metric: str | None = field(
+        default=None,
+        kw_only=True,
+        metadata={"help": "Metric of the table. By default accuracy, or pearsonr for regression."},
+    )
+    overwrite: bool = field(
+        default=False,
+        kw_only=True,
+        metadata={"help": "Delete the results of an earlier run in the output folder, and start anew."},
+    )
+
+
+@dataclass
+class DistillJob(TextJob):
+    """What to distil, and on which data."""
+
     student_layers: int = field(metadata={"help": "Layers of the student."})
     layers: str = field(
         default="spread",
@@ -51,20 +92,6 @@ class DistillJob:
         default=True,
         metadata={"help": "Ask the model once about every text and store what it says, instead of in every epoch."},
     )
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "Configuration of a Hub data set, for instance sst2 of nyu-mll/glue."}
-    )
-    text_columns: list[str] = field(
-        default_factory=lambda: ["text"], metadata={"help": "Column of the texts, or two columns for pairs."}
-    )
-    label_column: str = field(default="label", metadata={"help": "Column of the labels: names, ids or numbers."})
-    eval_split: str | None = field(
-        default=None, metadata={"help": "Split to measure on. By default validation, dev or test, the first there is."}
-    )
-    max_length: int = field(default=128, metadata={"help": "Tokens per text at most; longer texts are cut."})
-    metric: str | None = field(
-        default=None, metadata={"help": "Metric of the table. By default accuracy, or pearsonr for regression."}
-    )
     baseline: bool = field(
         default=False, metadata={"help": "Also train the same student without the teacher, to compare with."}
     )
@@ -73,9 +100,6 @@ class DistillJob:
         metadata={"help": "Epochs of fine-tuning the model on the data first, for a model without a trained head."},
     )
     teacher_learning_rate: float = field(default=5e-5, metadata={"help": "Learning rate of that fine-tuning."})
-    overwrite: bool = field(
-        default=False, metadata={"help": "Delete the results of an earlier run in the output folder, and start anew."}
-    )
 
     def __post_init__(self) -> None:
         self.student_config()
@@ -106,6 +130,52 @@ class DistillJob:
         )
 
 
+@dataclass
+class PruneJob(TextJob):
+    """What to prune, and on which data."""
+
+    output_dir: str = field(metadata={"help": "Folder for the pruned model, the figure and the report."})
+    budgets: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Several budgets in the place of --budget, such as 0.5 0.33 0.25: one model for each, from one "
+            "calibration."
+        },
+    )
+    n_texts: int = field(
+        default=512,
+        metadata={
+            "help": "Texts of the split train to calibrate with, drawn by --seed. Their labels are not looked at, "
+            "unless by --use-labels."
+        },
+    )
+    eval_batch_size: int = field(default=64, metadata={"help": "Texts per batch when quality is measured."})
+    use_cpu: bool = field(default=False, metadata={"help": "Leave an accelerator alone, where there is one."})
+
+    def __post_init__(self) -> None:
+        for name in ("n_texts", "eval_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} counts texts: give at least 1.")
+        if self.budgets is not None and len(set(self.budgets)) < len(self.budgets):
+            raise ValueError(f"budgets={self.budgets} names a budget twice: give each once.")
+
+    def configs(self, config: StructuredPruningConfig) -> dict[str, StructuredPruningConfig]:
+        """What to prune to, by the name of the folder that the model is saved in.
+
+        Args:
+            config (`StructuredPruningConfig`): How to prune; its budget counts where `budgets` is `None`.
+
+        Returns:
+            `dict[str, StructuredPruningConfig]`: From the first budget to the last.
+
+        Raises:
+            ValueError: if a budget is no share.
+        """
+        if self.budgets is None:
+            return {PRUNED: config}
+        return {f"{PRUNED}-{budget:g}": replace(config, budget=budget) for budget in self.budgets}
+
+
 def run_settings(job: DistillJob, args: DistillationArguments) -> dict[str, Any]:
     """What decides the result of a run: the job and the training arguments, without where it is written.
 
@@ -119,6 +189,20 @@ def run_settings(job: DistillJob, args: DistillationArguments) -> dict[str, Any]
     training = {name: value for name, value in args.to_dict().items() if not name.endswith("_dir")}
     chosen = {name: value for name, value in asdict(job).items() if name != "overwrite"}
     return {**training, **chosen}
+
+
+def prune_settings(job: PruneJob, config: StructuredPruningConfig) -> dict[str, Any]:
+    """What decides the result of a pruning: the job and the config, without where it is written.
+
+    Args:
+        job (`PruneJob`): What to prune.
+        config (`StructuredPruningConfig`): How to prune it.
+
+    Returns:
+        `dict`: Plain JSON types.
+    """
+    chosen = {name: value for name, value in asdict(job).items() if name not in ("overwrite", "output_dir")}
+    return {**asdict(config), "units": list(config.units), **chosen}
 
 
 def check_arguments(job: DistillJob, args: DistillationArguments) -> None:
@@ -135,11 +219,24 @@ def check_arguments(job: DistillJob, args: DistillationArguments) -> None:
         value = getattr(args, name)
         if value != fixed:
             raise ValueError(f"{name}={value} cannot be used here: {reason}. Leave it out.")
-    output = Path(args.output_dir).resolve()
+    check_output(job, args.output_dir)
+
+
+def check_output(job: TextJob, output_dir: str) -> None:
+    """Raises if results could replace what they are made of.
+
+    Args:
+        job (`TextJob`): Names the model and the data.
+        output_dir (`str`): The output folder.
+
+    Raises:
+        ValueError: if one of them lies in the output folder.
+    """
+    output = Path(output_dir).resolve()
     for what, path in (("model", job.model), ("data set", job.dataset)):
         inner = Path(path).expanduser().resolve()
         if inner.exists() and output in (inner, *inner.parents):
             raise ValueError(
-                f"The {what} {path} lies in the output folder {args.output_dir}, where it could be overwritten: "
+                f"The {what} {path} lies in the output folder {output_dir}, where it could be overwritten: "
                 "give an output folder of its own."
             )

@@ -25,7 +25,7 @@ _MADE_BY = "hf-compress"
 _WORK, _PARTIAL = ".training", ".partial"
 
 
-def open_run(folder: Path, settings: dict[str, Any], overwrite: bool, results: Sequence[str] = ()) -> None:
+def open_run(folder: Path, settings: dict[str, Any], overwrite: bool, stages: Sequence[str] = ()) -> None:
     """Takes an output folder for a run, or continues the same run in it.
 
     Args:
@@ -33,7 +33,7 @@ def open_run(folder: Path, settings: dict[str, Any], overwrite: bool, results: S
         settings (`dict`): What the run was asked for, as plain JSON types. It is stored, so that a run continues only
             what it began itself.
         overwrite (`bool`): Whether the results of an earlier run in the folder may be deleted; files of others stay.
-        results (sequence of `str`, *optional*): Names of the folders and files that the run makes, besides its report.
+        stages (sequence of `str`, *optional*): Names of the folders and files that the run makes, besides its report.
             They are stored too, since a run that overwrites this one may make others.
 
     Raises:
@@ -49,14 +49,14 @@ def open_run(folder: Path, settings: dict[str, Any], overwrite: bool, results: S
         logger.info("Continuing the run in %s.", folder)
         return
     if stored is not None:
-        _delete_results(folder, [*stored.get("results", []), *results])
+        _delete_results(folder, [*stored.get("stages", []), *stages])
     elif folder.exists() and any(path != unfinished for path in folder.iterdir()):
         raise ValueError(
             f"The output folder {folder} holds files that are not of a run of {_MADE_BY}, so nothing is written "
             "there and nothing deleted: give a new or an empty folder."
         )
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"made_by": _MADE_BY, "settings": settings, "results": list(results)}
+    content = {"made_by": _MADE_BY, "settings": settings, "stages": list(stages)}
     unfinished.write_text(json.dumps(content, indent=2) + "\n")
     unfinished.rename(run_file)
 
@@ -86,16 +86,15 @@ def _check_continuable(folder: Path, stored: dict[str, Any], settings: dict[str,
         )
 
 
-def _delete_results(folder: Path, results: Sequence[str]) -> None:
+def _delete_results(folder: Path, stages: Sequence[str]) -> None:
     # By name, because someone may keep notes, or models made of these, in the same folder.
-    for name in (REPORT_FILE, "report.md", *results):
-        for suffix in ("", _WORK, _PARTIAL):
-            # The name alone: a file that was tampered with must not lead out of the folder.
-            path = folder / Path(f"{name}{suffix}").name
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+    made = {f"{name}{suffix}" for name in (REPORT_FILE, "report.md", *stages) for suffix in ("", _WORK, _PARTIAL)}
+    # Of what is there, so that no name in the run's file can lead out of the folder.
+    for path in [path for path in folder.iterdir() if path.name in made]:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
 
 
 def train_once(folder: Path, make_trainer: Callable[[Path], Trainer]) -> bool:

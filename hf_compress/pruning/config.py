@@ -1,6 +1,5 @@
 """What can be chosen about structured pruning."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -31,8 +30,8 @@ class StructuredPruningConfig:
             "machine with the first batch)."
         },
     )
-    units: Sequence[Unit] = field(
-        default=("heads", "neurons"),
+    units: list[str] = field(
+        default_factory=lambda: ["heads", "neurons"],
         metadata={
             "help": "What may go: 'heads' (key-value groups with all their heads under grouped-query attention), "
             "'neurons' of the feed-forward networks, and with 'layers' also whole attentions and feed-forward "
