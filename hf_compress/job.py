@@ -156,14 +156,14 @@ class PruneJob(TextJob):
         for name in ("n_texts", "eval_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} counts texts: give at least 1.")
-        if self.budgets is not None and len(set(self.budgets)) < len(self.budgets):
+        if self.budgets and len(set(self.budgets)) < len(self.budgets):
             raise ValueError(f"budgets={self.budgets} names a budget twice: give each once.")
 
     def configs(self, config: StructuredPruningConfig) -> dict[str, StructuredPruningConfig]:
         """What to prune to, by the name of the folder that the model is saved in.
 
         Args:
-            config (`StructuredPruningConfig`): How to prune; its budget counts where `budgets` is `None`.
+            config (`StructuredPruningConfig`): How to prune; its budget counts where `budgets` names none.
 
         Returns:
             `dict[str, StructuredPruningConfig]`: From the first budget to the last.
@@ -171,9 +171,9 @@ class PruneJob(TextJob):
         Raises:
             ValueError: if a budget is no share.
         """
-        if self.budgets is None:
+        if not self.budgets:
             return {PRUNED: config}
-        return {f"{PRUNED}-{budget:g}": replace(config, budget=budget) for budget in self.budgets}
+        return {f"{PRUNED}-{budget}": replace(config, budget=budget) for budget in self.budgets}
 
 
 def run_settings(job: DistillJob, args: DistillationArguments) -> dict[str, Any]:

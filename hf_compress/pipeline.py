@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from datasets import Dataset, DatasetDict
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, Trainer, set_seed
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, set_seed
 
+from hf_compress.classifiers import Yardstick, choose_metric, load_all, load_classifier, measure_all, score
 from hf_compress.data import (
-    check_columns,
     check_length,
+    check_splits,
     check_tokenizer,
-    evaluation_split,
     label_ids,
     label_names,
     load_splits,
@@ -27,11 +27,7 @@ from hf_compress.distillation.augmentation import AugmentationConfig, augment
 from hf_compress.distillation.cache import TeacherCache
 from hf_compress.distillation.student import make_student
 from hf_compress.distillation.trainer import DistillationTrainer
-from hf_compress.evaluation.cost import measure_cost
-from hf_compress.evaluation.latency import compare_latency
-from hf_compress.evaluation.retention import METRICS, score_retention
 from hf_compress.job import DistillJob, check_arguments, run_settings
-from hf_compress.modeling.tasks import problem_type
 from hf_compress.report import write_report
 from hf_compress.stages import REPORT_FILE, open_run, train_once
 
@@ -43,7 +39,6 @@ logger = logging.getLogger(__name__)
 TEACHER, STUDENT, BASELINE = "teacher", "student", "student-alone"
 # The teacher's answers, for as long as the student is trained.
 CACHE = "teacher-cache"
-COST_BATCH = 32
 
 
 class Material(NamedTuple):
@@ -133,17 +128,13 @@ def prepare(job: DistillJob, splits: DatasetDict, options: dict[str, Any]) -> Ma
     Raises:
         ValueError: if a split, a column, a label, the tokenizer, the task head or the metric does not fit.
     """
-    test_split = evaluation_split(splits, job.eval_split)
-    if "train" not in splits:
-        raise ValueError(f"The data set has no split 'train' to learn from, only {', '.join(splits)}.")
-    for split in ("train", test_split):
-        check_columns(splits[split], split, job.text_columns, job.label_column)
+    test_split = check_splits(splits, job.eval_split, job.text_columns, job.label_column)
     labels = label_names(splits["train"], job.label_column) if job.teacher_epochs > 0 else None
     tokenizer = AutoTokenizer.from_pretrained(job.model)
     teacher = load_teacher(job, labels, options)
     check_tokenizer(tokenizer, teacher)
     make_student(teacher, job.student_config())
-    metric = choose_metric(job, teacher)
+    metric = choose_metric(job.metric, teacher)
     ids = {name: label_ids(splits[name], name, job.label_column, teacher.config) for name in ("train", test_split)}
     train, test = (
         tokenize(splits[name], tokenizer, job.text_columns, ids[name], job.max_length)
@@ -158,30 +149,6 @@ def _with_copies(job: DistillJob, texts: Dataset, tokenizer, ids: list) -> Datas
     labelled = texts.select_columns(list(job.text_columns)).add_column("label", ids)
     noisy = augment(labelled, AugmentationConfig(copies=job.augment_copies), job.text_columns, "label")
     return tokenize(noisy, tokenizer, job.text_columns, noisy["label"], job.max_length)
-
-
-def choose_metric(job: DistillJob, teacher: "PreTrainedModel") -> str:
-    """What quality is measured by.
-
-    Args:
-        job (`DistillJob`): Names a metric, or none.
-        teacher (`PreTrainedModel`): The model to compress.
-
-    Returns:
-        `str`: The job's metric; by default accuracy, or pearsonr for regression.
-
-    Raises:
-        ValueError: if the metric does not fit the model's outputs.
-    """
-    kind = problem_type(teacher.config)
-    metric = job.metric or ("pearsonr" if kind == "regression" else "accuracy")
-    known = [name for name in METRICS[kind] if name != "f1" or teacher.config.num_labels == 2]
-    if metric not in known:
-        raise ValueError(
-            f"metric={metric!r} does not fit a model with {teacher.config.num_labels} outputs ({kind}): "
-            f"choose one of {', '.join(known)}."
-        )
-    return metric
 
 
 def load_teacher(job: DistillJob, labels: list[str] | None, options: dict[str, Any]) -> "PreTrainedModel":
@@ -205,14 +172,7 @@ def load_teacher(job: DistillJob, labels: list[str] | None, options: dict[str, A
         # A head for other classes is replaced by a new one, whatever the old one was trained for.
         options["ignore_mismatched_sizes"] = True
         options["problem_type"] = "regression" if labels is None else "single_label_classification"
-    load = AutoModelForSequenceClassification.from_pretrained
-    model, loading = load(job.model, output_loading_info=True, **options)
-    if loading["missing_keys"] and job.teacher_epochs == 0:
-        raise ValueError(
-            f"{job.model} holds no trained task head (missing: {', '.join(sorted(loading['missing_keys']))}), so it "
-            "has nothing to teach. Give a fine-tuned model, or --teacher-epochs 3 to fine-tune it on these data first."
-        )
-    return model
+    return load_classifier(job.model, has_new_head=job.teacher_epochs > 0, **options)
 
 
 def _changed(args: DistillationArguments, **values: Any) -> DistillationArguments:
@@ -298,38 +258,15 @@ def measure(job: DistillJob, args: DistillationArguments, material: Material, te
     paths = {TEACHER: teacher_path, STUDENT: str(output / STUDENT)}
     if job.baseline:
         paths[BASELINE] = str(output / BASELINE)
-    load = AutoModelForSequenceClassification.from_pretrained
-    models = {name: load(path).to(args.device) for name, path in paths.items()}
-    sample = material.test.select(range(min(COST_BATCH, len(material.test)))).remove_columns(["labels", "length"])
-    batch = dict(DataCollatorWithPadding(material.tokenizer)(list(sample)))
-    latency = compare_latency(models, batch)
-    rows = []
-
-    def score(first: str, second: str) -> dict[str, Any]:
-        kept = score_retention(
-            models[first],
-            models[second],
-            material.test,
-            material.metric,
-            processing_class=material.tokenizer,
-            batch_size=args.per_device_eval_batch_size,
-            seed=args.seed,
-        )
-        return kept.to_dict()
-
-    for name, model in models.items():
-        path = paths[name] if Path(paths[name]).is_dir() else None
-        cost = measure_cost(model, batch, path=path)
-        rows.append({"name": name, "quality": score(TEACHER, name), "cost": cost.to_dict()})
+    models = load_all(paths, args.device)
+    batch_size = args.per_device_eval_batch_size
+    yardstick = Yardstick(material.test, material.tokenizer, material.metric, batch_size, args.seed)
     return {
         "job": {name: value for name, value in asdict(job).items() if name != "overwrite"},
         "training": {name: getattr(args, name) for name in _REPORTED_ARGUMENTS},
         "rows_trained_on": len(material.train),
-        "rows_measured_on": len(material.test),
-        "metric": material.metric,
-        "latency": latency.to_dict(),
-        "gain": score(BASELINE, STUDENT) if job.baseline else None,
-        "models": rows,
+        **measure_all(models, paths, yardstick),
+        "gain": score(models[BASELINE], models[STUDENT], yardstick) if job.baseline else None,
     }
 
 

@@ -7,13 +7,14 @@ from typing import Any
 HEADINGS = ("model", "{metric}", "retention % [95 %]", "params", "MB", "MACs", "faster")
 # Metrics that are shares of something; correlations, for instance, are not.
 _SHARES = ("accuracy", "exact_match", "f1", "f1_macro", "f1_micro", "f1_weighted", "seqeval", "token_accuracy")
+_COSTS = {"macs": "MACs", "params": "parameters", "bytes": "bytes", "latency": "latency"}
 
 
 def write_report(report: dict[str, Any], folder: Path) -> None:
     """Writes `report.md`, and last, because it marks the run as finished, `report.json`.
 
     Args:
-        report (`dict`): As `hf_compress.pipeline.distill` returns it.
+        report (`dict`): As `distill` or `prune_classifier` returns it.
         folder (`Path`): The run's folder.
     """
     (folder / "report.md").write_text(markdown(report))
@@ -26,7 +27,7 @@ def table_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
     """The table of a report as texts, headings first.
 
     Args:
-        report (`dict`): As `hf_compress.pipeline.distill` returns it.
+        report (`dict`): As `distill` or `prune_classifier` returns it.
 
     Returns:
         `list[tuple[str, ...]]`: One row per model; the first is what the others are compared with.
@@ -68,7 +69,7 @@ def gain(report: dict[str, Any]) -> str:
     """What the teacher was worth, in one sentence: the student beside the same student trained alone.
 
     Args:
-        report (`dict`): As `hf_compress.pipeline.distill` returns it.
+        report (`dict`): As `distill` or `prune_classifier` returns it.
 
     Returns:
         `str`: The difference and its interval; empty where no student was trained alone.
@@ -88,16 +89,18 @@ def conditions(report: dict[str, Any]) -> str:
     """Under which the figures of a report were measured, in one sentence.
 
     Args:
-        report (`dict`): As `hf_compress.pipeline.distill` returns it.
+        report (`dict`): As `distill` or `prune_classifier` returns it.
 
     Returns:
         `str`: Rows, device, threads, dtype, batch, sequence length and versions.
     """
+    is_pruned = "pruning" in report
+    made = f"calibrated on {report['texts']} texts" if is_pruned else f"trained on {report['rows_trained_on']}"
     c = report["latency"]["conditions"]
     first = next(iter(report["latency"]["latency"].values()))
     dtypes = {latency["dtype"] for latency in report["latency"]["latency"].values()}
     return (
-        f"Quality on {report['rows_measured_on']} rows, trained on {report['rows_trained_on']}; MACs per row; faster: "
+        f"Quality on {report['rows_measured_on']} rows, {made}; MACs per row; faster: "
         f"ratio of median latencies, interleaved (the first took {1000 * first['median_s']:.0f} ms), "
         f"of a batch of {c['batch_size']} rows of {c['sequence_length']} tokens, {'/'.join(sorted(dtypes))}, "
         f"{c['device']} ({c['processor']}), {c['threads']} threads, torch {c['torch_version']}, "
@@ -106,31 +109,61 @@ def conditions(report: dict[str, Any]) -> str:
     )
 
 
+def title(report: dict[str, Any]) -> str:
+    """What a report is about.
+
+    Args:
+        report (`dict`): As `distill` or `prune_classifier` returns it.
+
+    Returns:
+        `str`: A heading.
+    """
+    if "pruning" not in report:
+        return f"A {report['job']['student_layers']}-layer student, trained on {report['job']['dataset']}"
+    *others, last = (f"{100 * model['budget']:g} %" for model in report["models"][1:])
+    shares = f"{', '.join(others)} and {last}" if others else last
+    return f"Pruned to {shares} of the {_COSTS[report['pruning']['cost']]}, on texts of {report['job']['dataset']}"
+
+
 def markdown(report: dict[str, Any]) -> str:
     """The report as a page.
 
     Args:
-        report (`dict`): As `hf_compress.pipeline.distill` returns it.
+        report (`dict`): As `distill` or `prune_classifier` returns it.
 
     Returns:
         `str`: Markdown.
     """
     headings, *rows = table_rows(report)
     lines = ["| " + " | ".join(row) + " |" for row in (headings, ("---",) * len(headings), *rows)]
-    training = ", ".join(f"{name} {value}" for name, value in report["training"].items())
-    job = report["job"]
-    return (
-        f"# A {job['student_layers']}-layer student, trained on {job['dataset']}\n\nOf `{job['model']}`.\n\n"
-        + "\n".join(lines)
-        + f"\n\n{gain(report)}\n\n{conditions(report)}\n\nTraining: {training}.\n"
+    how = "pruning" if "pruning" in report else "training"
+    settings = ", ".join(f"{name} {value}" for name, value in report[how].items())
+    parts = (
+        f"# {title(report)}",
+        f"Of `{report['job']['model']}`.",
+        "\n".join(lines),
+        *(f"![What each layer of {name} kept]({figure})" for name, figure in figures(report).items()),
+        gain(report),
+        conditions(report),
+        f"{how.capitalize()}: {settings}.",
     )
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def figures(report: dict[str, Any]) -> dict[str, str]:
+    """Files of the figures that belong to a report, by model; beside it.
+
+    Args:
+        report (`dict`): As `distill` or `prune_classifier` returns it; that of the former has none.
+    """
+    return {model["name"]: model["figure"] for model in report["models"] if "figure" in model}
 
 
 def show_report(report: dict[str, Any], folder: str | Path) -> None:
     """Shows the table on the terminal, and what to type next.
 
     Args:
-        report (`dict`): As `hf_compress.pipeline.distill` returns it.
+        report (`dict`): As `distill` or `prune_classifier` returns it.
         folder (`str` or `Path`): The run's folder.
     """
     from rich import box
@@ -151,10 +184,20 @@ def show_report(report: dict[str, Any], folder: str | Path) -> None:
     for column in table.columns[1:]:
         column.justify = "right"
     console.print(table)
-    console.print(gain(report))
+    if gain(report):
+        console.print(gain(report))
     console.print(conditions(report), style="dim")
     console.print(f"\nAll figures: {folder / 'report.json'}, {folder / 'report.md'}", soft_wrap=True)
-    console.print("What next? The student is a stock checkpoint and needs no plug-in:\n")
-    code = f"from transformers import pipeline\nclassify = pipeline('text-classification', '{folder / 'student'}')"
-    console.print(code, style="bold", soft_wrap=True)
-    console.print("\nYour own model and data: hf-compress distill --help")
+    for name, figure in figures(report).items():
+        console.print(f"What each layer of {name} kept: {folder / figure}", soft_wrap=True)
+    made = report["models"][1]
+    what = "pruned model" if "pruning" in report else "student"
+    needs_plugin = made["needs_hf_compress"]
+    loads = "loads after `import hf_compress`" if needs_plugin else "is a stock checkpoint and needs no plug-in"
+    console.print(f"What next? The {what} {loads}:\n")
+    code = f"from transformers import pipeline\nclassify = pipeline('text-classification', '{folder / made['name']}')"
+    console.print("import hf_compress\n" * needs_plugin + code, style="bold", soft_wrap=True)
+    if "pruning" in report:
+        console.print("\nTo win back what it lost, train it with the dense model as its teacher: DistillationTrainer.")
+    else:
+        console.print("\nYour own model and data: hf-compress distill --help")

@@ -77,13 +77,12 @@ class LatencyTable:
 
     def describe(self) -> str:
         """The conditions, the time of a forward, and how much of it can be saved, for the log."""
-        shape = f"{self.batch_size} x {self.sequence_length} tokens" if self.sequence_length else f"{self.batch_size}"
+        shape = f"batch {self.batch_size}" + (f" x {self.sequence_length} tokens" if self.sequence_length else "")
         least = self.fixed + sum(float(times[-1]) for times in self.times.values())
         return (
-            f"{self.total:.2f} ms for {shape} in {self.dtype} on {self.device} ({self.processor}, {self.threads} "
-            f"threads, PyTorch {self.torch_version}), median of {self.n_runs} runs; "
-            f"{least:.2f} ms ({least / self.total:.0%}) are left if all {len(self.times)} sites keep their least, "
-            f"{self.fixed:.2f} ms of which no cut saves"
+            f"{self.total:.2f} ms for a forward pass, {shape}, {self.dtype}, on {self.device} ({self.processor}, "
+            f"{self.threads} threads, PyTorch {self.torch_version}), median of {self.n_runs} runs; "
+            f"{least:.2f} ms ({100 * least / self.total:.0f} %) are left with the least of all {len(self.times)} sites"
         )
 
 

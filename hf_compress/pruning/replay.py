@@ -128,7 +128,7 @@ def watch_block(
     wanted = set(parts)
     hooks.enter_context(block.module.register_forward_pre_hook(enter, with_kwargs=True))
     for part in (*block.attentions, block.ffn):
-        if not block.is_pre_norm:
+        if not block.is_pre_norm and part.inputs:
             # A post-norm block adds the input of each part to its output.
             hooks.enter_context(part.inputs[0].register_forward_pre_hook(branch, with_kwargs=True))
         hook = part.output.register_forward_hook(lambda _, args, outputs, part=part: leave(part, args, outputs))

@@ -265,6 +265,17 @@ def test_sub_layers_go_where_they_may(model_type, tmp_path):
     assert difference(predict(reloaded, batches[0]), predict(pruned, batches[0])) == 0
 
 
+@pytest.mark.parametrize("model_type", ["bert", "llama"])
+def test_sub_layers_go_in_several_steps(model_type):
+    model = tiny_model(model_type)
+    batches = [tiny_batch(model)]
+    settings = config(budget=0.15, units=("heads", "neurons", "layers"), steps=3)
+    pruned = hc.prune(model, settings, batches)
+    assert share(pruned, model, settings, batches) <= 0.15
+    again = hc.prune(pruned, config(budget=0.9, units=("heads", "neurons", "layers")), batches)
+    assert share(again, pruned, settings, batches) <= 0.9
+
+
 def test_a_budget_of_time_is_met_by_the_table():
     model = tiny_model("bert", intermediate_size=256)
     batches = [tiny_batch(model)]

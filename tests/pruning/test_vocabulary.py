@@ -13,7 +13,7 @@ from hf_compress.modeling.blocks import token_embeddings
 from hf_compress.pruning.vocabulary import prune_vocabulary
 from hf_compress.pruning.vocabulary_config import VocabularyPruningConfig
 from tests.modeling.tiny import tiny_model
-from tests.pruning.tiny_tokenizers import CORPUS, OTHERS, SENTENCES, TOKENIZERS, bert, llama, roberta, t5
+from tests.pruning.tiny_tokenizers import CORPUS, OTHERS, SENTENCES, TOKENIZERS, bert, roberta, t5
 
 ALL = pytest.mark.parametrize("kind", TOKENIZERS)
 # What the tokenizers were not trained on: unknown characters, spaces, special and added tokens.
@@ -67,6 +67,8 @@ def test_rare_words_are_split_into_kept_pieces(kind):
         assert smaller.decode(smaller(text)["input_ids"], skip_special_tokens=True).strip() == text
     for text in ODD:
         assert tokens(smaller, text).count(smaller.unk_token) <= tokens(tokenizer, text).count(tokenizer.unk_token)
+        # Without an unknown token, characters would silently be left out.
+        assert smaller.decode(smaller(text)["input_ids"]) == tokenizer.decode(tokenizer(text)["input_ids"])
 
 
 @ALL
@@ -206,7 +208,7 @@ def test_an_unknown_character_of_a_unigram_costs_as_much_as_before():
 
 @pytest.mark.parametrize("build", [processors.BertProcessing, processors.RobertaProcessing])
 def test_ids_of_post_processors_follow(build, tmp_path):
-    names = ["x", "y", "<pad>", "</s>", "<s>", "<unk>", "a", "##a", "b", "##b"]
+    names = ["你", "好", "<pad>", "</s>", "<s>", "<unk>", "a", "##a", "b", "##b"]
     backend = Tokenizer(models.WordPiece({name: index for index, name in enumerate(names)}, unk_token="<unk>"))
     backend.post_processor = build(("</s>", 3), ("<s>", 4))
     backend.enable_padding(pad_id=2, pad_token="<pad>", length=6)
@@ -214,7 +216,6 @@ def test_ids_of_post_processors_follow(build, tmp_path):
     special = {"pad_token": "<pad>", "eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
     model = encoder(tokenizer, pad_token_id=2)
-    # Without single characters "x" and "y" would go; here their ids do.
     small, smaller = prune_vocabulary(model, tokenizer, ["ab"], VocabularyPruningConfig(characters="corpus"))
     state = json.loads(smaller.backend_tokenizer.to_str())
     assert state["truncation"]["max_length"] == 5
@@ -258,11 +259,13 @@ def test_stored_truncation_hides_nothing():
 
 
 def test_special_tokens_in_texts_are_split_where_the_tokenizer_splits_them():
-    tokenizer = llama()
-    tokenizer.split_special_tokens = True
-    tokenizer.backend_tokenizer.encode_special_tokens = True
-    _, smaller = prune(tokenizer, [*CORPUS, "</s>"])
-    assert smaller.tokenize("</s>") == tokenizer.tokenize("</s>") != ["</s>"]
+    tokenizer = roberta()
+    tokenizer.add_special_tokens({"extra_special_tokens": ["partial refund"]})
+    text = "a partial refund"
+    assert "partial refund" in tokenizer.tokenize(text)
+    tokenizer.split_special_tokens = tokenizer.backend_tokenizer.encode_special_tokens = True
+    _, smaller = prune(tokenizer, [*CORPUS, text])
+    assert smaller.tokenize(text) == tokenizer.tokenize(text) == ["a", "Ġpart", "ial", "Ġrefun", "d"]
 
 
 def test_unknown_token_stays_where_its_class_expects_it(tmp_path):

@@ -1,0 +1,155 @@
+"""Text classifiers for the jobs: loaded with a trained head, and measured side by side."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
+
+from hf_compress.checkpoint.config import CompressionConfig
+from hf_compress.evaluation.cost import measure_cost
+from hf_compress.evaluation.latency import compare_latency
+from hf_compress.evaluation.retention import METRICS, score_retention
+from hf_compress.modeling.tasks import problem_type
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+COST_BATCH = 32
+
+
+class Yardstick(NamedTuple):
+    """What models are measured on and by.
+
+    Attributes:
+        rows (`Dataset`): Tokenized, with labels.
+        tokenizer (`PreTrainedTokenizerBase`): Pads them.
+        metric (`str`): What quality is.
+        batch_size (`int`): Rows per batch when quality is measured; costs are those of `COST_BATCH` rows.
+        seed (`int`): Of the resamples.
+    """
+
+    rows: Dataset
+    tokenizer: "PreTrainedTokenizerBase"
+    metric: str
+    batch_size: int
+    seed: int
+
+
+def load_classifier(path: str, has_new_head: bool = False, **options: Any) -> "PreTrainedModel":
+    """A model for sequence classification.
+
+    Args:
+        path (`str`): A folder, or a name on the Hub.
+        has_new_head (`bool`, *optional*, defaults to `False`): Whether its head may be untrained.
+        **options: Further arguments of `from_pretrained`.
+
+    Returns:
+        `PreTrainedModel`: In evaluation mode.
+
+    Raises:
+        ValueError: if the head was never trained and must be.
+    """
+    load = AutoModelForSequenceClassification.from_pretrained
+    model, loading = load(path, output_loading_info=True, **options)
+    if loading["missing_keys"] and not has_new_head:
+        raise ValueError(
+            f"{path} holds no trained task head (missing: {', '.join(sorted(loading['missing_keys']))}), so it has "
+            "nothing to keep. Give a fine-tuned model; hf-compress distill fine-tunes it on these data first with "
+            "--teacher-epochs 3."
+        )
+    return model
+
+
+def choose_metric(name: str | None, model: "PreTrainedModel") -> str:
+    """What quality is measured by.
+
+    Args:
+        name (`str` or `None`): A metric, or none.
+        model (`PreTrainedModel`): The model to compress.
+
+    Returns:
+        `str`: The metric; by default accuracy, or pearsonr for regression.
+
+    Raises:
+        ValueError: if the metric does not fit the model's outputs.
+    """
+    kind = problem_type(model.config)
+    metric = name or ("pearsonr" if kind == "regression" else "accuracy")
+    known = [name for name in METRICS[kind] if name != "f1" or model.config.num_labels == 2]
+    if metric not in known:
+        raise ValueError(
+            f"metric={metric!r} does not fit a model with {model.config.num_labels} outputs ({kind}): "
+            f"choose one of {', '.join(known)}."
+        )
+    return metric
+
+
+def load_all(paths: Mapping[str, str], device: torch.device) -> dict[str, "PreTrainedModel"]:
+    """Saved models, as others will load them.
+
+    Args:
+        paths (`Mapping[str, str]`): Folders or names on the Hub, by what the models are called.
+        device (`torch.device`): Where to.
+
+    Returns:
+        `dict[str, PreTrainedModel]`: By the same names.
+    """
+    load = AutoModelForSequenceClassification.from_pretrained
+    return {name: load(path).to(device) for name, path in paths.items()}
+
+
+def measure_all(
+    models: Mapping[str, "PreTrainedModel"], paths: Mapping[str, str], yardstick: Yardstick
+) -> dict[str, Any]:
+    """Measures models side by side; the first is what the others are compared with.
+
+    Args:
+        models (`Mapping[str, PreTrainedModel]`): As `load_all` returns them.
+        paths (`Mapping[str, str]`): Where they were loaded from.
+        yardstick (`Yardstick`): What to measure on.
+
+    Returns:
+        `dict`: What every report holds: `rows_measured_on`, `metric`, `latency` and `models`.
+    """
+    sample = yardstick.rows.select(range(min(COST_BATCH, len(yardstick.rows)))).remove_columns(["labels", "length"])
+    batch = dict(DataCollatorWithPadding(yardstick.tokenizer)(list(sample)))
+    latency = compare_latency(models, batch)
+    first = next(iter(models))
+    rows = []
+    for name, model in models.items():
+        cost = measure_cost(model, batch, path=paths[name] if Path(paths[name]).is_dir() else None)
+        quality = score(models[first], model, yardstick)
+        needs_plugin = isinstance(vars(model.config).get("quantization_config"), CompressionConfig)
+        rows.append({"name": name, "quality": quality, "cost": cost.to_dict(), "needs_hf_compress": needs_plugin})
+    return {
+        "rows_measured_on": len(yardstick.rows),
+        "metric": yardstick.metric,
+        "latency": latency.to_dict(),
+        "models": rows,
+    }
+
+
+def score(first: "PreTrainedModel", second: "PreTrainedModel", yardstick: Yardstick) -> dict[str, Any]:
+    """What a model kept of another.
+
+    Args:
+        first (`PreTrainedModel`): What it is compared with.
+        second (`PreTrainedModel`): The model.
+        yardstick (`Yardstick`): What to measure on.
+
+    Returns:
+        `dict`: As `Retention.to_dict` gives it.
+    """
+    kept = score_retention(
+        first,
+        second,
+        yardstick.rows,
+        yardstick.metric,
+        processing_class=yardstick.tokenizer,
+        batch_size=yardstick.batch_size,
+        seed=yardstick.seed,
+    )
+    return kept.to_dict()
