@@ -18,6 +18,7 @@ _MODULES = {
     "TeacherCache": "hf_compress.distillation.cache",
     "TeacherCollator": "hf_compress.distillation.tokenizers",
     "TermConfig": "hf_compress.distillation.arguments",
+    "VocabularyPruningConfig": "hf_compress.pruning.vocabulary_config",
     "add_teacher_inputs": "hf_compress.distillation.tokenizers",
     "augment": "hf_compress.distillation.augmentation",
     "calibrate": "hf_compress.pruning.calibration",
@@ -27,6 +28,7 @@ _MODULES = {
     "measure_cost": "hf_compress.evaluation.cost",
     "prune": "hf_compress.pruning.prune",
     "prune_": "hf_compress.pruning.prune",
+    "prune_vocabulary": "hf_compress.pruning.vocabulary",
     "score_retention": "hf_compress.evaluation.retention",
 }
 

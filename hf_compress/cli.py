@@ -1,10 +1,10 @@
-"""The command line: `hf-compress demo`, `hf-compress distill`."""
+"""The command line: `hf-compress demo`, `hf-compress distill`, `hf-compress prune`."""
 
 import difflib
 import logging
 import os
 import sys
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -18,7 +18,8 @@ import hf_compress
 
 if TYPE_CHECKING:
     from hf_compress.distillation.arguments import DistillationArguments
-    from hf_compress.job import DistillJob
+    from hf_compress.job import DistillJob, PruneJob
+    from hf_compress.pruning.config import StructuredPruningConfig
 
 app = typer.Typer(
     name="hf-compress",
@@ -117,6 +118,25 @@ def distill(
         show_report(report, args.output_dir)
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+)
+def prune(
+    context: typer.Context,
+    help_: Annotated[bool, typer.Option("--help", "-h", help="Show the options and stop.")] = False,
+) -> None:
+    """Prune a text classifier with unlabelled texts of your own. See `hf-compress prune --help`."""
+    if help_:
+        print_prune_help()
+        raise typer.Exit
+    from hf_compress.prune_run import prune_classifier
+    from hf_compress.report import show_report
+
+    job, config = parse_prune(context.args)
+    show_report(prune_classifier(job, config), job.output_dir)
+
+
 def parse_distill(arguments: list[str]) -> "tuple[DistillJob, DistillationArguments]":
     """Parses a command line of `hf-compress distill`.
 
@@ -129,16 +149,38 @@ def parse_distill(arguments: list[str]) -> "tuple[DistillJob, DistillationArgume
     Raises:
         ValueError: if an option is missing, unknown or has no such value.
     """
-    from transformers import HfArgumentParser
-
     from hf_compress.distillation.arguments import DistillationArguments
     from hf_compress.job import DistillJob
 
-    def refuse(message: str) -> NoReturn:
-        raise ValueError(f"{message.rstrip('.')}. `hf-compress distill --help` shows the options.")
+    return _parse("distill", (DistillJob, DistillationArguments), arguments, DISTILL_DEFAULTS)
 
-    parser = HfArgumentParser((DistillJob, DistillationArguments), add_help=False, allow_abbrev=False)
-    parser.set_defaults(**DISTILL_DEFAULTS)
+
+def parse_prune(arguments: list[str]) -> "tuple[PruneJob, StructuredPruningConfig]":
+    """Parses a command line of `hf-compress prune`.
+
+    Args:
+        arguments (`list[str]`): Options such as `--model` and their values.
+
+    Returns:
+        `tuple[PruneJob, StructuredPruningConfig]`: What to prune, and how.
+
+    Raises:
+        ValueError: if an option is missing, unknown or has no such value.
+    """
+    from hf_compress.job import PruneJob
+    from hf_compress.pruning.config import StructuredPruningConfig
+
+    return _parse("prune", (PruneJob, StructuredPruningConfig), arguments, {})
+
+
+def _parse(command: str, classes: tuple[type, ...], arguments: list[str], defaults: dict[str, Any]) -> tuple:
+    from transformers import HfArgumentParser
+
+    def refuse(message: str) -> NoReturn:
+        raise ValueError(f"{message.rstrip('.')}. `hf-compress {command} --help` shows the options.")
+
+    parser = HfArgumentParser(classes, add_help=False, allow_abbrev=False)
+    parser.set_defaults(**defaults)
     parser.error = refuse  # argparse's own prints a hundred options and exits
     options = parser._option_string_actions
     options["--output-dir"].required = True
@@ -190,9 +232,34 @@ def print_distill_help(everything: bool = False) -> None:
         )
 
 
+def print_prune_help() -> None:
+    """Prints the options of `hf-compress prune` as tables."""
+    from hf_compress.job import PruneJob
+    from hf_compress.pruning.config import StructuredPruningConfig
+
+    out = Console()
+    out.print(
+        "[bold]hf-compress prune[/] --model MODEL --dataset DATA --budget SHARE \\\n"
+        "    --output-dir FOLDER \\[options]\n"
+    )
+    out.print(
+        "Cuts the heads and neurons that matter least on some hundred texts without labels, refits what is left, "
+        "saves the model, reloads it, and reports what it kept and what it costs, with a figure of what each layer "
+        "kept. Nothing is trained. A stopped run continues with the same command.\n"
+    )
+    out.print("[bold]Example[/]: a fine-tuned model to a half and to a third of its multiply-accumulates\n")
+    out.print(
+        "  hf-compress prune --model ./my-classifier --dataset ./reviews \\\n"
+        "      --text-columns review --label-column sentiment \\\n"
+        "      --budgets 0.5 0.33 --output-dir ./pruned\n"
+    )
+    out.print(_option_table("The job", fields(PruneJob), {}))
+    out.print(_option_table("Pruning", fields(StructuredPruningConfig), {}))
+
+
 def _option_table(title: str, options, defaults: dict[str, Any]) -> Table:
     table = Table("option", "default", "meaning", title=title, title_justify="left", expand=True)
-    for option in options:
+    for option in sorted(options, key=_is_optional):
         default = option.default_factory() if option.default_factory is not MISSING else option.default
         default = defaults.get(option.name, default)
         default = " ".join(map(str, default)) if isinstance(default, list) else default
@@ -201,6 +268,10 @@ def _option_table(title: str, options, defaults: dict[str, Any]) -> Table:
         table.add_row(f"--{option.name.replace('_', '-')}", shown, meaning)
     table.columns[0].no_wrap = True
     return table
+
+
+def _is_optional(option: Field) -> bool:
+    return option.default is not MISSING or option.default_factory is not MISSING
 
 
 def _set_up_logging(debug: bool) -> None:

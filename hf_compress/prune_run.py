@@ -15,8 +15,7 @@ from hf_compress.checkpoint.widths import read_widths
 from hf_compress.classifiers import Yardstick, choose_metric, load_all, load_classifier, measure_all
 from hf_compress.data import check_length, check_splits, check_tokenizer, label_ids, load_splits, tokenize
 from hf_compress.job import PRUNED, PruneJob, check_output, prune_settings
-from hf_compress.modeling.blocks import find_blocks
-from hf_compress.modeling.projections import read_matrix
+from hf_compress.modeling.blocks import Block, find_blocks
 from hf_compress.pruning.calibration import calibrate
 from hf_compress.pruning.config import StructuredPruningConfig
 from hf_compress.pruning.costs import Costs
@@ -140,7 +139,9 @@ def calibration_batches(texts: Dataset, tokenizer: "PreTrainedTokenizerBase") ->
         `list[dict[str, torch.Tensor]]`: From the shortest texts to the longest.
     """
     collate = DataCollatorWithPadding(tokenizer)
-    rows = list(texts.sort("length").remove_columns("length"))
+    lengths = texts["length"][:]
+    by_length = sorted(range(len(lengths)), key=lambda row: lengths[row])
+    rows = list(texts.select(by_length).remove_columns("length"))
     return [dict(collate(rows[i : i + CALIBRATION_BATCH])) for i in range(0, len(rows), CALIBRATION_BATCH)]
 
 
@@ -173,8 +174,9 @@ def prune_missing(output: Path, configs: Configs, material: Material) -> None:
         material (`Material`): The model, which comes to be in float32, and the texts.
     """
     missing = {name: config for name, config in configs.items() if not (output / name).exists()}
-    for name in configs.keys() - missing.keys():
-        logger.info("%s is there already.", name)
+    for name in configs:
+        if name not in missing:
+            logger.info("%s is there already.", name)
     if not missing:
         return
     dense, dtype = material.model, material.model.dtype
@@ -184,7 +186,7 @@ def prune_missing(output: Path, configs: Configs, material: Material) -> None:
         dense.float()
     calibration = calibrate(dense, first, material.batches)
     for name, config in missing.items():
-        logger.info("Pruning to %g of the %s.", config.budget, config.cost)
+        logger.info("Pruning to %g %% of the %s.", 100 * config.budget, config.cost)
         save_whole(output / name, prune(dense, config, calibration).to(dtype), material.tokenizer)
 
 
@@ -205,22 +207,22 @@ def measure(job: PruneJob, config: StructuredPruningConfig, configs: Configs, ma
     paths = {DENSE: job.model} | {name: str(output / name) for name in configs}
     models = load_all(paths, device_of(job))
     yardstick = Yardstick(material.test, material.tokenizer, material.metric, job.eval_batch_size, config.seed)
+    # Each model has a budget of its own.
+    how = {name: value for name, value in asdict(config).items() if name != "budget"}
     report = {
         "job": {name: value for name, value in asdict(job).items() if name not in ("overwrite", "output_dir")},
-        "pruning": {name: value for name, value in asdict(config).items() if name != "budget"},
-        "texts": sum(len(batch["input_ids"]) for batch in material.batches),
+        "pruning": how | {"units": list(config.units)},
+        "texts_calibrated_on": sum(len(batch["input_ids"]) for batch in material.batches),
         **measure_all(models, paths, yardstick),
         "gain": None,
     }
-    dense = models[DENSE]
-    for row in report["models"]:
+    dense, *pruned = report["models"]
+    dense["widths"] = read_widths(models[DENSE])
+    for row in pruned:
         name = row["name"]
-        row["widths"] = widths_as_in(dense, models[name])
-        if name in configs:
-            row |= {"budget": configs[name].budget, "figure": figure_name(name)}
-    for row in report["models"][1:]:
-        shown = title(report | {"models": [report["models"][0], row]})
-        draw_widths(report["models"][0]["widths"], row["widths"], output / row["figure"], shown)
+        row |= {"budget": configs[name].budget, "figure": figure_name(name)}
+        row["widths"] = widths_as_in(models[DENSE], models[name])
+        draw_widths(dense["widths"], row["widths"], output / row["figure"], title(report | {"models": [dense, row]}))
     return report
 
 
@@ -242,11 +244,11 @@ def widths_as_in(dense: "PreTrainedModel", pruned: "PreTrainedModel") -> dict[st
     before, after = read_widths(dense), read_widths(pruned)
     if before.keys() == after.keys():
         return after
-    # Where whole layers go, the others stay as they are; each is the next one that begins with its weights.
+    # Where whole layers go, the others stay as they are, and in order.
     places = iter(zip(before, find_blocks(dense), strict=True))
-    found = {}
-    for widths, block in zip(after.values(), find_blocks(pruned), strict=True):
-        weights = read_matrix(block.attentions[0].inputs[0])
-        name = next(name for name, other in places if torch.equal(read_matrix(other.attentions[0].inputs[0]), weights))
-        found[name] = widths
-    return found
+    blocks = zip(after.values(), find_blocks(pruned), strict=True)
+    return {next(name for name, other in places if _is_same(block, other)): widths for widths, block in blocks}
+
+
+def _is_same(block: Block, other: Block) -> bool:
+    return all(map(torch.equal, block.module.parameters(), other.module.parameters()))

@@ -7,7 +7,12 @@ from typing import Any
 HEADINGS = ("model", "{metric}", "retention % [95 %]", "params", "MB", "MACs", "faster")
 # Metrics that are shares of something; correlations, for instance, are not.
 _SHARES = ("accuracy", "exact_match", "f1", "f1_macro", "f1_micro", "f1_weighted", "seqeval", "token_accuracy")
-_COSTS = {"macs": "MACs", "params": "parameters", "bytes": "bytes", "latency": "latency"}
+_COSTS = {
+    "macs": "the blocks' MACs",
+    "params": "the blocks' parameters",
+    "bytes": "the blocks' bytes",
+    "latency": "the time of a forward pass",
+}
 
 
 def write_report(report: dict[str, Any], folder: Path) -> None:
@@ -95,7 +100,11 @@ def conditions(report: dict[str, Any]) -> str:
         `str`: Rows, device, threads, dtype, batch, sequence length and versions.
     """
     is_pruned = "pruning" in report
-    made = f"calibrated on {report['texts']} texts" if is_pruned else f"trained on {report['rows_trained_on']}"
+    made = (
+        f"calibrated on {report['texts_calibrated_on']} texts"
+        if is_pruned
+        else f"trained on {report['rows_trained_on']}"
+    )
     c = report["latency"]["conditions"]
     first = next(iter(report["latency"]["latency"].values()))
     dtypes = {latency["dtype"] for latency in report["latency"]["latency"].values()}
@@ -122,7 +131,7 @@ def title(report: dict[str, Any]) -> str:
         return f"A {report['job']['student_layers']}-layer student, trained on {report['job']['dataset']}"
     *others, last = (f"{100 * model['budget']:g} %" for model in report["models"][1:])
     shares = f"{', '.join(others)} and {last}" if others else last
-    return f"Pruned to {shares} of the {_COSTS[report['pruning']['cost']]}, on texts of {report['job']['dataset']}"
+    return f"Pruned to {shares} of {_COSTS[report['pruning']['cost']]}"
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -137,12 +146,14 @@ def markdown(report: dict[str, Any]) -> str:
     headings, *rows = table_rows(report)
     lines = ["| " + " | ".join(row) + " |" for row in (headings, ("---",) * len(headings), *rows)]
     how = "pruning" if "pruning" in report else "training"
-    settings = ", ".join(f"{name} {value}" for name, value in report[how].items())
+    values = {name: " ".join(v) if isinstance(v, list) else v for name, v in report[how].items()}
+    settings = ", ".join(f"{name} {value}" for name, value in values.items())
+    data = f", with texts of `{report['job']['dataset']}`" if "pruning" in report else ""
     parts = (
         f"# {title(report)}",
-        f"Of `{report['job']['model']}`.",
+        f"Of `{report['job']['model']}`{data}.",
         "\n".join(lines),
-        *(f"![What each layer of {name} kept]({figure})" for name, figure in figures(report).items()),
+        *(f"![Heads and neurons per layer: {name}]({figure})" for name, figure in figures(report).items()),
         gain(report),
         conditions(report),
         f"{how.capitalize()}: {settings}.",
@@ -188,8 +199,9 @@ def show_report(report: dict[str, Any], folder: str | Path) -> None:
         console.print(gain(report))
     console.print(conditions(report), style="dim")
     console.print(f"\nAll figures: {folder / 'report.json'}, {folder / 'report.md'}", soft_wrap=True)
-    for name, figure in figures(report).items():
-        console.print(f"What each layer of {name} kept: {folder / figure}", soft_wrap=True)
+    if figures(report):
+        drawn = ", ".join(str(folder / figure) for figure in figures(report).values())
+        console.print(f"Heads and neurons per layer: {drawn}", soft_wrap=True)
     made = report["models"][1]
     what = "pruned model" if "pruning" in report else "student"
     needs_plugin = made["needs_hf_compress"]

@@ -23,6 +23,7 @@ def model(name, compressed, retention=1.0, interval=(0.9, 1.05), metric="accurac
             "macs": 32 * 70_000_000,
             "conditions": {"batch_size": 32},
         },
+        "needs_hf_compress": False,
     }
 
 

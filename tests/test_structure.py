@@ -37,15 +37,19 @@ ALLOWED = {
     "quantization": BASE,
     "evaluation": BASE,
     "data": {"modeling"},
+    "classifiers": BASE | {"evaluation"},
     "job": CONFIGS,
     "stages": set(),
     "report": set(),
     "card": {"report"},
     "hub": {"card", "report"},
     "recipe": CONFIGS,
-    "pipeline": BASE | STEPS | {"evaluation", "data", "job", "stages", "report", "card", "hub", "recipe"},
+    "pipeline": BASE
+    | STEPS
+    | {"classifiers", "evaluation", "data", "job", "stages", "report", "card", "hub", "recipe"},
+    "prune_run": BASE | {"pruning", "classifiers", "data", "job", "stages", "report"},
     "demo": CONFIGS | {"pipeline", "data", "report", "recipe"},
-    "cli": CONFIGS | {"__init__", "demo", "job", "pipeline", "data", "report", "card", "hub", "recipe"},
+    "cli": CONFIGS | {"__init__", "demo", "job", "pipeline", "prune_run", "data", "report", "card", "hub", "recipe"},
     "__init__": {"checkpoint"},  # the public names are served lazily, from strings
 }
 

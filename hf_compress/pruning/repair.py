@@ -35,26 +35,26 @@ class Moments:
         x, y = x - self._origin_x, y - self._origin_y
         weighted = x * weights[:, None]
         self.weight += weights.double().sum().item()
-        self._x += weighted.sum(0)
-        self._y += (y * weights[:, None]).sum(0)
-        self._xx += (x.T @ weighted).double()
-        self._xy += (weighted.T @ y).double()
+        # Not every accelerator has float64.
+        self._x += weighted.sum(0).cpu()
+        self._y += (y * weights[:, None]).sum(0).cpu()
+        self._xx += (x.T @ weighted).cpu()
+        self._xy += (weighted.T @ y).cpu()
 
     def _start(self, x: torch.Tensor, y: torch.Tensor, weights: torch.Tensor) -> None:
         self._origin_x, self._origin_y = ((weights @ values) / weights.sum() for values in (x, y))
-        sizes = {"dtype": torch.float64, "device": x.device}
-        self._x, self._y = torch.zeros(x.shape[1], **sizes), torch.zeros(y.shape[1], **sizes)
-        self._xx, self._xy = (torch.zeros(x.shape[1], other.shape[1], **sizes) for other in (x, y))
+        self._x, self._y = (torch.zeros(values.shape[1], dtype=torch.float64) for values in (x, y))
+        self._xx, self._xy = (torch.zeros(x.shape[1], values.shape[1], dtype=torch.float64) for values in (x, y))
 
     @property
     def mean_x(self) -> torch.Tensor:
         """Mean of the inputs, shape (inputs,)."""
-        return self._origin_x + self._x / self.weight
+        return self._origin_x.cpu() + self._x / self.weight
 
     @property
     def mean_y(self) -> torch.Tensor:
         """Mean of the targets, shape (outputs,)."""
-        return self._origin_y + self._y / self.weight
+        return self._origin_y.cpu() + self._y / self.weight
 
     def xx(self, is_centred: bool = True) -> torch.Tensor:
         """Second moments of the inputs, about their mean or about 0, shape (inputs, inputs)."""

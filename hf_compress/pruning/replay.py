@@ -137,11 +137,15 @@ def watch_block(
 
 @contextmanager
 def _handing_on(done: Sequence[Block], given: Mapping[str, Sequence[Any]], number: int) -> Iterator[None]:
-    modules = [(block.module, given[block.stack][number]) for block in done if block.repeats == 1]
+    outputs = {block.module: given[block.stack][number] for block in done if block.repeats == 1}
+    # accelerate, for one, sets a forward of its own on modules that it places.
+    own = {module: vars(module)["forward"] for module in outputs if "forward" in vars(module)}
     try:
-        for module, output in modules:
+        for module, output in outputs.items():
             module.forward = lambda *args, output=output, **kwargs: output
         yield
     finally:
-        for module, _ in modules:
+        for module in outputs:
             del module.forward
+        for module, forward in own.items():
+            module.forward = forward

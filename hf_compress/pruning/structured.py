@@ -3,6 +3,7 @@
 import copy
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -67,7 +68,8 @@ def prune_units_(model: nn.Module, config: StructuredPruningConfig, first: Calib
     reference = copy.deepcopy(model) if config.steps > 1 and config.repair == "least_squares" else model
     whole = costs.total(find_sites(find_blocks(model)))
     for step in range(1, config.steps + 1):
-        calibration = first if step == 1 else calibrate(model, config, first.batches)
+        # Times were measured in the first round, for all widths.
+        calibration = first if step == 1 else calibrate(model, replace(config, cost="macs"), first.batches)
         sites = find_sites(find_blocks(model))
         target = config.budget ** (step / config.steps) * whole
         kept = choose_units(sites, config, calibration, costs, target)

@@ -54,8 +54,8 @@ def prune_vocabulary(
     _check_fit(model, vocabulary)
     required = vocabulary.required_ids() | _config_ids(model, vocabulary)
     required |= _parts(vocabulary, _ids_to_keep(vocabulary, config.keep))
-    counts, unbreakable = _count(vocabulary.backend(), texts, vocabulary.unbreakable_ids())
-    required |= _parts(vocabulary, unbreakable)
+    counts, whole_words = _count(vocabulary.backend(), texts, vocabulary.unbreakable_ids())
+    required |= _parts(vocabulary, whole_words)
     required |= vocabulary.character_ids(counts if config.characters == "corpus" else None)
     kept = _choose(vocabulary, required, counts, config)
     has_fixed_pad = find_layout(unwrap(model).config).pad_token_is_fixed

@@ -1,12 +1,14 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 
 import hf_compress as hc
 from hf_compress.checkpoint.widths import read_widths
 from hf_compress.modeling.blocks import find_blocks
+from hf_compress.pruning import latency
 from hf_compress.pruning.batches import token_mask
 from hf_compress.pruning.costs import Costs
 from hf_compress.pruning.cutting import cut_
@@ -276,13 +278,19 @@ def test_sub_layers_go_in_several_steps(model_type):
     assert share(again, pruned, settings, batches) <= 0.9
 
 
-def test_a_budget_of_time_is_met_by_the_table():
+def test_a_budget_of_time_is_met_by_the_table(monkeypatch):
+    # Weights in place of milliseconds.
+    def count(calls, device, n_warmup, n_runs):
+        weights = [sum(p.numel() for p in call.func.parameters() if p.ndim > 1) for call in calls]
+        return np.tile(weights, (n_runs, 1))
+
+    monkeypatch.setattr(latency, "time_in_turn", count)
     model = tiny_model("bert", intermediate_size=256)
     batches = [tiny_batch(model)]
-    settings = config(budget=0.9, cost="latency", multiple_of=32)
+    settings = config(budget=0.7, cost="latency", multiple_of=32)
     calibration = hc.calibrate(model, settings, batches)
     pruned = hc.prune(model, settings, calibration)
-    sites = find_sites(find_blocks(pruned))
-    assert Costs("latency", sites, batches, calibration.latency).total(sites) <= 0.9 * calibration.latency.total
+    weights = [sum(p.numel() for p in m.parameters() if p.ndim > 1) for m in (pruned, model)]
+    assert 0.65 < weights[0] / weights[1] <= 0.7
     with pytest.raises(ValueError, match="needs a table of times"):
         hc.prune(model, settings, hc.calibrate(model, config(), batches))
