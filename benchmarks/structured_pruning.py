@@ -8,7 +8,8 @@ its training rows are mostly fragments of the sentences that it is tested on. Al
 budgets, shares of the encoder's multiply-accumulates at their mean length. Accuracy (entity F1 on WNUT-17) is of the
 test rows, for SST-2 of validation and test, in bf16 autocast, after the model was saved and loaded again:
 
-- ours: `hc.prune` with its defaults; "unrepaired": the same with `repair="none"`;
+- ours: `hc.prune` with its defaults; "sublayers": whole attentions and feed-forward networks may go too; "unrepaired":
+  the defaults with `repair="none"`;
 - random, l2, taylor (TextPruner's rule, 16 iterations) and kwon (Fisher masks, rearranged, with scalar tuning):
   `pruning_baselines.py`.
 
@@ -92,11 +93,10 @@ class PruningBench:
         if not file.exists():
             model, texts = self.teacher(task), self.texts(task, seed)
             start = time.perf_counter()
-            if method in ("ours", "unrepaired"):
+            if method in OURS:
                 data, earlier = self.calibration(task, model, texts, seed)
                 start -= earlier
-                repair = "least_squares" if method == "ours" else "none"
-                pruned = hc.prune(model, hc.StructuredPruningConfig(budget=budget, seed=seed, repair=repair), data)
+                pruned = hc.prune(model, hc.StructuredPruningConfig(budget=budget, seed=seed, **OURS[method]), data)
             else:
                 pruned = BASELINES[method](model, texts, budget, seed)
             cell = {"seconds": round(time.perf_counter() - start, 1), "score": self.saved_score(task, pruned)}
@@ -151,7 +151,12 @@ BASELINES: dict[str, Callable[..., PreTrainedModel]] = {
     "l2": lambda model, texts, budget, seed: l2_cut(model, texts, budget),
     "random": lambda model, texts, budget, seed: random_cut(model, texts, budget, seed=seed),
 }
-METHODS = ("ours", "unrepaired", *BASELINES)
+OURS: dict[str, dict[str, Any]] = {
+    "ours": {},
+    "sublayers": {"units": ("heads", "neurons", "layers")},
+    "unrepaired": {"repair": "none"},
+}
+METHODS = (*OURS, *BASELINES)
 
 
 def table(tasks: dict[str, Any]) -> str:
