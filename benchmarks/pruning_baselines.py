@@ -9,7 +9,7 @@ calibration batches without labels and a budget, and returns a new model that is
 - `kwon_cut`: Kwon et al., "A Fast Post-Training Pruning Framework for Transformers" (2022).
 
 The budget is a share of the multiply-accumulates of the blocks at the mean length T of the calibration texts:
-4 T d D + 2 T^2 D for a head of width D, 2 T d for a neuron, with hidden size d (Kwon et al., section 4.1). It is never
+4 T d D + 2 T^2 D for a head of width D, 2 T d for a neuron, with hidden size d (as Kwon et al. count). It is never
 exceeded, and one head and one neuron of each layer always stay. The two methods with gradients see one gradient per
 batch, so the size of the batches matters to them: Kwon et al. take 32 texts.
 """
@@ -51,7 +51,7 @@ from hf_compress.modeling.capture import gate_outputs
 from hf_compress.modeling.projections import in_width
 from hf_compress.modeling.tasks import task_of
 
-# Scales of a tuned mask beyond this are taken for a numerical failure (Kwon et al., appendix), as is a solver that
+# Scales of a tuned mask beyond this are taken for a numerical failure in Kwon et al.'s code, as is a solver that
 # stops for another reason than that it is done.
 LARGEST_SCALE, CONVERGED = 10.0, 2
 
@@ -134,7 +134,7 @@ def kwon_cut(
         tune: Whether to tune the mask.
         reference: Whose outputs it is tuned to: "dense" is the whole model, as in the paper; "halfway" the model
             pruned to the root of the budget, as in its authors' code.
-        failure: What follows on a failed solution: "stop" leaves all parts above as they are, as in the paper and its
+        failure: What follows on a failed solution: "stop" leaves this part and all above as they are, as in the
             authors' code; "skip" only the part itself.
     """
     dense = copy.deepcopy(model).eval()
@@ -197,14 +197,14 @@ def half_precision_targets(model: PreTrainedModel, batches: Batches) -> list[tor
 
 
 def search_masks(parts: list[Part], fisher: list[torch.Tensor], length: float, budget: float) -> list[torch.Tensor]:
-    """Algorithm 1: for each number of heads as many neurons as the budget pays for, and the best of these splits."""
+    """Mask search: for each number of heads as many neurons as the budget pays for, and the best of these splits."""
     heads, neurons = (torch.cat(kind)[ranking(kind)].cumsum(0) for kind in (fisher[::2], fisher[1::2]))
     best = max(splits(parts, length, budget).items(), key=lambda split: heads[split[0] - 1] + neurons[split[1] - 1])
     return keep_counts(fisher, *best)
 
 
 def rearranged(mask: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
-    """Algorithm 2: a mask with as many units of a layer, chosen with the layer's whole block of the Fisher matrix.
+    """Mask rearrangement: as many units of a layer, chosen with the layer's whole block of the Fisher matrix.
 
     The loss due to a set of removed units is the squared length of the sum of their gradients. Starting from those
     with the least Fisher information, each other unit is put into the set, and the one whose leaving shortens the sum
@@ -232,7 +232,7 @@ def rearranged(mask: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
 def tune_(
     pruned: PreTrainedModel, reference: PreTrainedModel, batches: Batches, stops: bool = True
 ) -> list[torch.Tensor]:
-    """Mask tuning (section 4.3): one scale per unit, part by part from the input, folded into output projections.
+    """Mask tuning: one scale per unit, part by part from the input, folded into output projections.
 
     As in the authors' code, the first attention is left as it is.
 
@@ -267,7 +267,7 @@ def normal_equations(
     batches: Batches,
     first_only: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A^T A and A^T r of the least squares problem for a change of scales (equation 13).
+    """A^T A and A^T r of mask tuning's least squares problem, for a change of scales.
 
     A column of A holds what a unit gives to all tokens, r what the sum of input and outputs lacks to be the
     reference's. With inputs X of the output projection W, A^T A is (W^T W) o (X^T X), summed over the inputs of each

@@ -36,7 +36,7 @@ from quality_tasks import TASKS
 from transformers import DataCollatorWithPadding, PreTrainedModel
 
 import hf_compress as hc
-from hf_compress.checkpoint.widths import read_widths
+from hf_compress.checkpoint.widths import read_widths, write_widths_
 from hf_compress.evaluation.inference import predict
 
 BUDGETS = {
@@ -84,6 +84,8 @@ class PruningBench:
         """The score of a model after it was saved and loaded again."""
         folder = self.folder / "saved"
         shutil.rmtree(folder, ignore_errors=True)
+        # The baselines cut and no more; the config has to say what is left.
+        write_widths_(model)
         model.save_pretrained(folder)
         return self.score(task, self.teachers.load(TASKS[task], folder))
 
