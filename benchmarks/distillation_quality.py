@@ -78,7 +78,7 @@ class Plan:
 
 PLANS = {
     "trec": Plan(1e-4, 4, 32, rows=5_500, epochs=12, batch=32, plain=(1e-4, 3e-4)),
-    "wnut_17": Plan(2e-4, 5, 32, rows=3_394, epochs=9, batch=16, plain=(2e-4, 5e-4)),
+    "wnut_17": Plan(2e-4, 5, 32, rows=3_394, epochs=3, batch=16, plain=(2e-4, 5e-4)),
     "stsb": Plan(2e-4, 5, 32, rows=5_749, epochs=6, batch=16, plain=(1e-4, 3e-4)),
     "mrpc": Plan(1e-4, 4, 32, rows=3_668, epochs=6, batch=16, plain=(1e-4, 3e-4)),
     "sst2": Plan(8e-5, 1, 96, rows=15_000, epochs=2, batch=32, plain=(1e-4, 3e-4)),

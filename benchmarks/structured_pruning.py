@@ -186,6 +186,7 @@ def main() -> None:
     parser.add_argument("--work", default="benchmarks/work/structured", help="folder for finished cells")
     parser.add_argument("--tasks", nargs="*", choices=BUDGETS, default=list(BUDGETS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--budgets", nargs="+", type=float, help="only these of a task's budgets")
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
     bench = PruningBench(options)
@@ -193,7 +194,8 @@ def main() -> None:
         for task in options.tasks:
             for method in options.methods:
                 for budget in BUDGETS[task]:
-                    bench.cell(task, method, budget, seed)
+                    if options.budgets is None or budget in options.budgets:
+                        bench.cell(task, method, budget, seed)
     tasks = bench.report(options.seeds)
     result = {
         "tasks": tasks,

@@ -35,6 +35,22 @@ def test_distil_bert(tmp_path):
     assert count_layers(AutoModelForSequenceClassification.from_pretrained(output / "student")) == 2
 
 
+def test_prune_bert(tmp_path):
+    inputs = make_inputs(tmp_path / "inputs", model={"intermediate_size": 64})
+    output = tmp_path / "run"
+    words = ("--model", inputs / "model", "--dataset", inputs / "data", "--budget", 0.5, "--output-dir", output)
+    shown = run("prune_bert.py", tmp_path, *words, "--use-cpu", "--max-length", 16, "--score", "activation")
+    assert "retention" in shown
+    assert json.loads((output / "report.json").read_text())["pruning"]["score"] == "activation"
+    assert (output / "widths.png").exists()
+
+
+def test_help_of_prune_bert(tmp_path):
+    shown = run("prune_bert.py", tmp_path, "--help")
+    for option in ("--budget ", "--budgets", "--text-columns", "--units", "--n-texts"):
+        assert option in shown
+
+
 def test_help_of_distil_bert(tmp_path):
     shown = run("distil_bert.py", tmp_path, "--help")
     for option in ("--student-layers", "--text-columns", "--temperature", "--learning-rate", "--help-all"):

@@ -94,6 +94,15 @@ def test_finished_run_is_refused_unless_overwritten(tmp_path):
     assert json.loads((tmp_path / "run.json").read_text())["settings"]["alpha"] == 0.5
 
 
+def test_overwriting_deletes_what_the_former_run_made(tmp_path):
+    open_run(tmp_path, SETTINGS, overwrite=False, stages=("pruned-0.5", "widths-0.5.png", "..", ""))
+    write(tmp_path, **{"widths-0__5__png": "figure", "notes__txt": "mine"})
+    write(tmp_path / "pruned-0.5", weights="whole")
+    open_run(tmp_path, SETTINGS, overwrite=True, stages=STAGES)
+    assert sorted(files_of(tmp_path)) == ["notes.txt", "run.json"]
+    assert json.loads((tmp_path / "run.json").read_text())["stages"] == list(STAGES)
+
+
 def test_last_checkpoint_was_written_to_its_end(tmp_path):
     assert last_checkpoint(tmp_path / "missing") is None
     write(tmp_path / "checkpoint-9", trainer_state__json="{}")
