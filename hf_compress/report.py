@@ -99,12 +99,10 @@ def conditions(report: dict[str, Any]) -> str:
     Returns:
         `str`: Rows, device, threads, dtype, batch, sequence length and versions.
     """
-    is_pruned = "pruning" in report
-    made = (
-        f"calibrated on {report['texts_calibrated_on']} texts"
-        if is_pruned
-        else f"trained on {report['rows_trained_on']}"
-    )
+    if "pruning" in report:
+        made = f"calibrated on {report['texts_calibrated_on']} texts"
+    else:
+        made = f"trained on {report['rows_trained_on']}"
     c = report["latency"]["conditions"]
     first = next(iter(report["latency"]["latency"].values()))
     dtypes = {latency["dtype"] for latency in report["latency"]["latency"].values()}

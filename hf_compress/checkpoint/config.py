@@ -14,20 +14,28 @@ class CompressionConfig(QuantizationConfigMixin):
     """The `quantization_config` of a compressed checkpoint.
 
     Args:
-        widths (`dict[str, dict[str, int]]`): By block (`"encoder.0"`: stack and index), what is left of it: the
-            key-value groups of its attentions (`"self"`, `"cross"`; equal to the heads without grouped-query
+        widths (`dict[str, dict[str, int]]`, *optional*): By block (`"encoder.0"`: stack and index), what is left of
+            it: the key-value groups of its attentions (`"self"`, `"cross"`; equal to the heads without grouped-query
             attention) and the neurons of its feed-forward network (`"ffn"`). 0 stands for a part that was removed.
+            Without it, the model has the widths of the stock config.
+        sparse (`list[str]`, *optional*): Names of weights that may be stored without their zeros: as the other
+            elements, under the name of the weight, and a bitmask, under the name and `_bitmask`. See `pack_sparse`.
         version (`int`, *optional*, defaults to `1`): Version of this format.
         **unknown: Refused by name, so that nothing is half-read.
 
     Raises:
-        ValueError: if the version is newer than this library's, or a field is unknown or not of its type.
+        ValueError: if the version is newer than this library's, a field is unknown or not of its type, or there is
+            neither of `widths` and `sparse`.
     """
 
     quant_method = METHOD
 
     def __init__(
-        self, widths: dict[str, dict[str, int]] | None = None, version: int = VERSION, **unknown: Any
+        self,
+        widths: dict[str, dict[str, int]] | None = None,
+        sparse: list[str] | None = None,
+        version: int = VERSION,
+        **unknown: Any,
     ) -> None:
         if type(version) is not int or not 1 <= version <= VERSION:
             raise ValueError(
@@ -40,8 +48,12 @@ class CompressionConfig(QuantizationConfigMixin):
                 f"quantization_config has fields that hf_compress does not know: {', '.join(surplus)}. The checkpoint "
                 "was changed by hand or by another tool: restore the config.json that it was saved with."
             )
-        _check_widths(widths)
+        if widths is not None or sparse is None:
+            _check_widths(widths)
+        if sparse is not None:
+            _check_sparse(sparse)
         self.widths = widths
+        self.sparse = sparse
         self.version = version
         self.requires = REQUIRES
 
@@ -51,8 +63,21 @@ class CompressionConfig(QuantizationConfigMixin):
         Returns:
             `dict[str, Any]`: What is written to config.json.
         """
-        fields = {"quant_method": METHOD, "version": self.version, "requires": self.requires, "widths": self.widths}
-        return {name: fields[name] for name in sorted(fields)}
+        fields = {"quant_method": METHOD, "requires": self.requires, "sparse": self.sparse, "version": self.version}
+        fields["widths"] = self.widths
+        return {name: value for name, value in fields.items() if value is not None}
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """One field: `from_pretrained` reads the config of a live model, given as `config=`, as if it were JSON.
+
+        Args:
+            name (`str`): A field.
+            default (`Any`, *optional*): What to return where there is none.
+
+        Returns:
+            `Any`: As in config.json.
+        """
+        return self.to_dict().get(name, default)
 
 
 def _check_widths(widths: Any) -> None:
@@ -67,4 +92,13 @@ def _check_widths(widths: Any) -> None:
         raise ValueError(
             f"widths={widths!r} in quantization_config must map each block to the widths of its parts, from 0, as in "
             '{"encoder.0": {"self": 4, "ffn": 512}}: restore the config.json that the checkpoint was saved with.'
+        )
+
+
+def _check_sparse(sparse: Any) -> None:
+    is_list = isinstance(sparse, list) and all(isinstance(name, str) for name in sparse)
+    if not is_list or len(set(sparse)) < len(sparse):
+        raise ValueError(
+            f"sparse={sparse!r} in quantization_config must be a list of distinct names of weights, as in "
+            '["classifier.weight"]: restore the config.json that the checkpoint was saved with.'
         )

@@ -1,7 +1,7 @@
 """The loader: rebuilds the skeleton of a compressed model before its weights are loaded.
 
 Transformers calls whatever rebuilds modules before loading a quantizer; see the design for why this one also loads
-models that are only pruned.
+models that are only pruned: cut, or stored without their zeros.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -18,21 +18,40 @@ if TYPE_CHECKING:
 class CompressionQuantizer(HfQuantizer):
     """Loads checkpoints whose `quantization_config` is a `CompressionConfig`."""
 
+    def __init__(self, quantization_config: CompressionConfig, **settings: Any) -> None:
+        super().__init__(quantization_config, **settings)
+        self._sparse: dict[str, str] = {}
+        self._refused: list[str] = []
+
     def _process_model_before_weight_loading(self, model: "PreTrainedModel", **_: Any) -> None:
         # Imported here because importing hf_compress must not import the models' code.
+        from hf_compress.checkpoint.sparse import match_parameters
         from hf_compress.checkpoint.widths import cut_to_widths_
 
-        cut_to_widths_(model, self.quantization_config.widths)
+        if self.quantization_config.widths is not None:
+            cut_to_widths_(model, self.quantization_config.widths)
+        self._sparse = match_parameters(model, self.quantization_config.sparse or [])
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: "PreTrainedModel") -> list[Any]:
+        """Adds the conversions of the weights that are stored without their zeros."""
+        from hf_compress.checkpoint.sparse import sparse_conversions
+
+        conversions = super().update_weight_conversions(weight_conversions, model)
+        return conversions + sparse_conversions(self._sparse, self._refused)
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_: Any) -> "PreTrainedModel":
+        from hf_compress.checkpoint.sparse import write_config_
         from hf_compress.modeling.surgery import configs
 
-        # A model that is only cut holds plain floats: it may train, be cast and be saved like any other, which
-        # Transformers refuses while these flags are set. The config stays, for the next save.
+        if self._refused:
+            raise ValueError("Sparse weights cannot be loaded. " + " ".join(self._refused))
+        # The model holds plain dense tensors: it may train, be cast and be saved like any other, which Transformers
+        # refuses while these flags are set. The config stays, for the next save.
         del model.hf_quantizer, model.quantization_method
         model.is_quantized = False
         for config in configs(model):
             vars(config).pop("_is_quantized", None)
+        write_config_(model, self.quantization_config.widths, list(self._sparse.values()))
         return model
 
     def is_serializable(self) -> bool:

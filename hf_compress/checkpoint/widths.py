@@ -3,7 +3,8 @@
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
-from hf_compress.checkpoint.config import FFN_WIDTH, CompressionConfig
+from hf_compress.checkpoint.config import FFN_WIDTH
+from hf_compress.checkpoint.sparse import sparse_names, write_config_
 from hf_compress.modeling.blocks import FFN, Block, find_blocks, find_layout, find_stacks
 from hf_compress.modeling.removal import remove_attention_, remove_ffn_
 from hf_compress.modeling.surgery import keep_heads_, keep_neurons_, keep_stack_heads_, update_config_
@@ -18,17 +19,16 @@ def write_widths_(model: "PreTrainedModel") -> bool:
 
     Args:
         model (`PreTrainedModel`): A model whose heads or neurons were cut. Where the stock config can say how, only
-            that is written, and the checkpoint needs no plug-in.
+            that is written, and the checkpoint needs no plug-in, unless it leaves out zeros (see `mark_sparse_`).
 
     Returns:
         `bool`: Whether the checkpoint needs hf_compress to load.
     """
     model = unwrap(model)
-    if update_config_(model):
-        vars(model.config).pop("quantization_config", None)
-        return False
-    model.config.quantization_config = CompressionConfig(read_widths(model))
-    return True
+    widths = None if update_config_(model) else read_widths(model)
+    sparse = sparse_names(model)
+    write_config_(model, widths, sparse)
+    return widths is not None or bool(sparse)
 
 
 def read_widths(model: "PreTrainedModel") -> dict[str, dict[str, int]]:

@@ -4,36 +4,46 @@ A mask is True where a weight becomes 0. Counts are exact: of n weights, round(s
 that come first.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
 
-class SquareMeans:
-    """Mean squares of the inputs of a layer, gathered batch by batch; summed in float64."""
+class InputMeans:
+    """A mean over the inputs of a layer, gathered batch by batch: products in float32, sums in float64 on the CPU.
 
-    def __init__(self) -> None:
-        self.weight = 0.0
+    Args:
+        total (`Callable`): What is averaged, as a sum over tokens: `square_sums` or `hessian_sums`.
+    """
+
+    def __init__(self, total: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.n_tokens = 0
+        self._total = total
         self._sum: torch.Tensor | float = 0.0
 
-    def add(self, inputs: torch.Tensor, weights: torch.Tensor) -> None:
+    def add(self, inputs: torch.Tensor, mask: torch.Tensor) -> None:
         """Adds the tokens of one batch.
 
         Args:
             inputs (`torch.Tensor`): Shape (..., inputs).
-            weights (`torch.Tensor`): Of each token, shape (...); 0 leaves a token out.
+            mask (`torch.Tensor`): Which tokens count, booleans of shape (...).
         """
-        is_token = weights > 0
-        weights = weights[is_token].float()
-        self.weight += weights.double().sum().item()
-        self._sum = self._sum + (weights @ inputs[is_token].float().square()).double()
+        tokens = inputs[mask].float()
+        self.n_tokens += len(tokens)
+        # Not every accelerator has float64.
+        self._sum = self._sum + self._total(tokens).cpu().double()
 
     @property
     def mean(self) -> torch.Tensor:
-        """Shape (inputs,), in float64."""
-        return self._sum / self.weight
+        """What `total` gives, per token, in float64 on the CPU."""
+        return self._sum / self.n_tokens
+
+
+def square_sums(inputs: torch.Tensor) -> torch.Tensor:
+    """Sums of squares over tokens, from shape (tokens, inputs) to (inputs,)."""
+    return inputs.square().sum(0)
 
 
 def blind_scores(
@@ -94,6 +104,11 @@ class Selection:
     def unit(self) -> int:
         """How many columns belong together."""
         return self.group[1] if self.group else self.block[1]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing goes."""
+        return self.sparsity == 0 if self.group is None else self.group[0] == self.group[1]
 
     def mask(self, scores: torch.Tensor, start: int = 0) -> torch.Tensor:
         """The weights that go, of a layer or of some columns of it.

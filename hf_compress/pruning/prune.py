@@ -7,25 +7,29 @@ from torch import nn
 
 from hf_compress.pruning.config import StructuredPruningConfig
 from hf_compress.pruning.structured import Data, prune_structured_
+from hf_compress.pruning.unstructured import prune_unstructured_
+from hf_compress.pruning.unstructured_config import UnstructuredPruningConfig
 
-_STEPS = {StructuredPruningConfig: prune_structured_}
+_STEPS = {StructuredPruningConfig: prune_structured_, UnstructuredPruningConfig: prune_unstructured_}
 
 
 def prune(model: nn.Module, config: Any, data: Data | None = None) -> nn.Module:
-    """A smaller copy of a model; the model itself is left as it is.
+    """A smaller or sparser copy of a model; the model itself is left as it is.
 
     Args:
         model (`nn.Module`): A Transformers model of a known architecture.
-        config (`StructuredPruningConfig`): What to cut, down to what, and how.
+        config (`StructuredPruningConfig` or `UnstructuredPruningConfig`): What to cut, down to what, and how: heads,
+            neurons and layers, or single weights, which become 0.
         data (`Iterable[Mapping[str, torch.Tensor]]` or `Calibration`, *optional*): Calibration data: batches of
             inputs, as a `DataLoader` or `tokenizer(..., return_tensors="pt")` gives them, a few hundred texts without
-            labels. What `calibrate` returned serves several budgets.
+            labels. Scores of the weights alone need none. For structured pruning, what `calibrate` returned serves
+            several budgets.
 
     Returns:
         `nn.Module`: Of the same class, on the same device. Save it with `save_pretrained`.
 
     Raises:
-        ValueError: if the budget cannot be met, or the model or the data do not fit.
+        ValueError: if the budget cannot be met, a pattern does not divide a layer, or model or data do not fit.
         TypeError: if the config is of no known kind.
     """
     pruned = copy.deepcopy(model)
@@ -34,15 +38,15 @@ def prune(model: nn.Module, config: Any, data: Data | None = None) -> nn.Module:
 
 
 def prune_(model: nn.Module, config: Any, data: Data | None = None) -> None:
-    """Cuts a model in place; otherwise like `prune`, and needs no room for a second model.
+    """Cuts or thins out a model in place; otherwise like `prune`, and needs no room for a second model.
 
     Args:
         model (`nn.Module`): A Transformers model of a known architecture. Make its optimizer afterwards.
-        config (`StructuredPruningConfig`): What to cut, down to what, and how.
+        config (`StructuredPruningConfig` or `UnstructuredPruningConfig`): What to cut, down to what, and how.
         data (`Iterable[Mapping[str, torch.Tensor]]` or `Calibration`, *optional*): Calibration data.
 
     Raises:
-        ValueError: if the budget cannot be met, or the model or the data do not fit.
+        ValueError: if the budget cannot be met, a pattern does not divide a layer, or model or data do not fit.
         TypeError: if the config is of no known kind.
     """
     if type(config) not in _STEPS:

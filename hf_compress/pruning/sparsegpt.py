@@ -6,7 +6,14 @@ Frantar and Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Prun
 import torch
 
 from hf_compress.pruning.masks import Selection
-from hf_compress.pruning.obs import damped
+
+# Of the damping, for inputs that are always 0.
+DEAD_SHARE = 1e-12
+
+
+def hessian_sums(inputs: torch.Tensor) -> torch.Tensor:
+    """2 X X^T of the squared error of a layer's outputs, from inputs of shape (tokens, inputs) to (inputs, inputs)."""
+    return 2 * inputs.T @ inputs
 
 
 def inverse_factor(hessian: torch.Tensor, damping: float = 0.01) -> torch.Tensor:
@@ -18,7 +25,7 @@ def inverse_factor(hessian: torch.Tensor, damping: float = 0.01) -> torch.Tensor
 
     Args:
         hessian (`torch.Tensor`): H = 2 X X^T, the mean over tokens, shape (inputs, inputs), in float32 or float64.
-            Inputs that are always 0 get a 1 on the diagonal.
+            Inputs that are always 0 get next to nothing on the diagonal: their weights cost nothing and go first.
         damping (`float`, *optional*, defaults to 0.01): Share of the mean of the diagonal.
 
     Returns:
@@ -27,7 +34,11 @@ def inverse_factor(hessian: torch.Tensor, damping: float = 0.01) -> torch.Tensor
     Raises:
         ValueError: if the damped Hessian is not positive definite in its precision.
     """
-    turned, failed = torch.linalg.cholesky_ex(damped(hessian, damping).flip(0, 1))
+    diagonal = hessian.diagonal()
+    added = torch.where(diagonal > 0, 1.0, DEAD_SHARE).to(diagonal) * damping * diagonal.mean()
+    # Where no input is ever anything but 0, all are alike.
+    damped = hessian + torch.diag(added if diagonal.any() else torch.ones_like(added))
+    turned, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
     if failed:
         raise ValueError(
             f"A Hessian of {len(hessian)} inputs with damping={damping} is not positive definite in {hessian.dtype}: "

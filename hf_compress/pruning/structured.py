@@ -151,8 +151,8 @@ def check_calibration(calibration: Calibration, config: StructuredPruningConfig)
                              "call calibrate again with this config.")  # fmt: skip
     if config.cost == "latency" and calibration.latency is None:
         raise ValueError(
-            "cost='latency' needs a table of times, which a calibration with another cost does not hold: call calibrate "
-            "again with cost='latency'."
+            "cost='latency' needs a table of times, which a calibration with another cost does not hold: call "
+            "calibrate again with cost='latency'."
         )
     if config.needs_data and not calibration.batches:
         raise ValueError(

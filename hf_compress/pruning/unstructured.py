@@ -1,69 +1,51 @@
 """Pruning of single weights of a live model: all projections inside its blocks, from the first block to the last."""
 
 import logging
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import groupby
+from typing import Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
-from hf_compress.modeling.blocks import Block, embedding_names, find_blocks, join, task_head_names
-from hf_compress.modeling.projections import read_matrix, write_matrix_
+from hf_compress.modeling.projections import write_matrix_
 from hf_compress.modeling.tasks import unwrap
-from hf_compress.pruning import masks
-from hf_compress.pruning.batches import Batch, check_finite, read_batches, token_mask
-from hf_compress.pruning.masks import Selection, SquareMeans
-from hf_compress.pruning.repair import Moments
-from hf_compress.pruning.replay import Replay
+from hf_compress.pruning.batches import Batch, read_batches, token_mask
+from hf_compress.pruning.calibration import Calibration
+from hf_compress.pruning.layer_inputs import check_reached, walk, watch_inputs
+from hf_compress.pruning.masks import (
+    InputMeans,
+    Selection,
+    blind_scores,
+    global_shares,
+    outlier_ratio,
+    owl_shares,
+    pool,
+    square_sums,
+    wanda_scores,
+)
 from hf_compress.pruning.sensitivity import frozen
-from hf_compress.pruning.sparsegpt import inverse_factor, prune_compensated, removal_costs
+from hf_compress.pruning.sparsegpt import hessian_sums, inverse_factor, prune_compensated, removal_costs
 from hf_compress.pruning.unstructured_config import DATA_SCORES, UnstructuredPruningConfig
+from hf_compress.pruning.weight_layers import Layer, choose_layers, find_layers, match_layers
 
 logger = logging.getLogger(__name__)
 
-Statistics = Moments | SquareMeans
+Data = Iterable[Mapping[str, Any]] | Calibration
 
 
-@dataclass(frozen=True, eq=False)
-class Layer:
-    """One projection inside a block, an `nn.Linear` or `Conv1D`.
-
-    Attributes:
-        name (`str`): Dotted name in the model.
-        module (`nn.Module`): The projection.
-        block (`Block`): The block that it is in.
-        reads (`str`): What its inputs are: the `"tokens"` of its stack, those of the `"source"` that it attends to, or
-            `"positions"`, which are the same in every batch.
-    """
-
-    name: str
-    module: nn.Module
-    block: Block
-    reads: Literal["tokens", "source", "positions"] = "tokens"
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """Shape (outputs, inputs), whatever the orientation of the module."""
-        return read_matrix(self.module)
-
-
-def prune_unstructured_(
-    model: nn.Module, config: UnstructuredPruningConfig, data: Iterable[Mapping[str, Any]] | None = None
-) -> None:
+def prune_unstructured_(model: nn.Module, config: UnstructuredPruningConfig, data: Data | None = None) -> None:
     """Makes weights of the projections inside the blocks 0, in place.
 
-    Embeddings, task heads, norms, biases and what else is outside of the blocks stay whole; tied weights are outside
-    too, but where layers share a block, its weights are pruned once, by the inputs of all layers. Blocks are pruned
-    from the first to the last, so that each is fitted to the inputs that it gets from pruned ones.
+    Embeddings, task heads, norms, biases and what else is outside of the blocks stay whole, tied weights among them.
+    Where all layers share a block, its weights are pruned once, by the inputs of all. Blocks are pruned from the first
+    to the last, so that each is fitted to what it gets from pruned ones.
 
     Args:
         model (`nn.Module`): A Transformers model of a known architecture, not quantized.
         config (`UnstructuredPruningConfig`): Which weights, how many, and how they are chosen.
-        data (`Iterable[Mapping[str, torch.Tensor]]`, *optional*): Batches of inputs, some hundred texts without labels.
+        data (`Iterable[Mapping[str, torch.Tensor]]` or `Calibration`, *optional*): Batches of inputs; some hundred
+            texts, without labels.
 
     Raises:
         ValueError: if the model cannot be pruned so, a pattern does not divide a layer, data are missing, not finite,
@@ -71,20 +53,260 @@ def prune_unstructured_(
         TypeError: if a projection is wrapped, by an adapter say, or the data are no dicts of tensors.
     """
     model = unwrap(model)
-    check_model(model, config)
-    layers = choose_layers(model, config)
-    batches = read_batches(model, data) if config.needs_data and data is not None else []
-    if config.needs_data and data is None:
+    if config.score == "movement":
         raise ValueError(
-            f"score={config.score!r} with allocation={config.allocation!r} is computed from data, but data=None: give "
-            "some hundred texts as tokenized batches, or take score='magnitude'."
+            "score='movement' adds up what a training does to each weight, and prune() does not train: give the "
+            "config to the pruning callback of a Trainer, or take score='sparsegpt'."
         )
-    generator = torch.Generator().manual_seed(config.seed)
+    layers = choose_layers(model, config)
+    batches = read_calibration(model, layers, config, data)
     with frozen(model):
         shares = allocate(model, layers, config, batches)
         for step in range(1, config.steps + 1):
-            selections = select(model, layers, config, batches, shares, step / config.steps)
-            sweep_(model, layers, config, batches, selections, generator)
+            progress = step / config.steps
+            selections = {name: make_selection(config, share).after(progress) for name, share in shares.items()}
+            if config.ranking == "global":
+                overall = make_selection(config, config.target).after(progress).sparsity
+                found = global_shares(survey(model, layers, config, batches), overall)
+                selections = {name: make_selection(config, share) for name, share in found.items()}
+            sweep_(model, layers, config, batches, selections)
     n_zeros = sum((layer.weight == 0).sum().item() for layer in layers)
     n_weights = sum(layer.weight.numel() for layer in layers)
-    logger.info("%.2f %% of the %d weights of %d layers are 0.", 100 * n_zeros / n_weights, n_weights, len(layers))
+    logger.info(
+        "%.2f %% of the %d weights of %d projections are 0.", 100 * n_zeros / n_weights, n_weights, len(layers)
+    )
+
+
+def read_calibration(
+    model: nn.Module, layers: Sequence[Layer], config: UnstructuredPruningConfig, data: Data | None
+) -> list[Batch]:
+    """The batches that a config needs: none for scores of the weights alone.
+
+    Args:
+        model (`nn.Module`): A Transformers model.
+        layers (`Sequence[Layer]`): To be pruned.
+        config (`UnstructuredPruningConfig`): What is computed.
+        data (`Iterable[Mapping[str, torch.Tensor]]` or `Calibration`, *optional*): Batches of inputs.
+
+    Returns:
+        `list[dict[str, torch.Tensor]]`: On the model's device.
+
+    Raises:
+        ValueError: if data are needed and missing, or do not fit.
+        TypeError: if they are no dicts of tensors.
+    """
+    if not config.needs_data:
+        return []
+    if isinstance(data, Calibration):
+        data = data.batches
+    if data is None:
+        raise ValueError(
+            f"score={config.score!r} with allocation={config.allocation!r} is computed from data, but data=None: give "
+            "some hundred texts as tokenized batches, or take score='magnitude' with allocation='uniform'."
+        )
+    batches = read_batches(model, data)
+    if config.score == "sparsegpt" and "input_ids" in batches[0]:
+        warn_of_few_tokens(layers, batches)
+    return batches
+
+
+def warn_of_few_tokens(layers: Sequence[Layer], batches: Sequence[Batch]) -> None:
+    """Warns where there are fewer tokens than weights to be adapted for each output."""
+    n_tokens = sum(int(token_mask(batch, layers[0].block.stack).sum()) for batch in batches)
+    widest = max(layer.weight.shape[1] for layer in layers)
+    if n_tokens < widest:
+        logger.warning(
+            "The calibration data have %d tokens for up to %d weights of each output, so what is left is fitted to "
+            "these texts alone: give some hundred texts.",
+            n_tokens,
+            widest,
+        )
+
+
+def make_selection(config: UnstructuredPruningConfig, share: float) -> Selection:
+    """How a config chooses the weights of a layer that loses a share of them."""
+    return Selection(share, config.ranking == "row", config.group, config.block)
+
+
+def allocate(
+    model: nn.Module, layers: Sequence[Layer], config: UnstructuredPruningConfig, batches: Sequence[Batch]
+) -> dict[str, float]:
+    """The sparsity of each layer after the last round.
+
+    Args:
+        model (`nn.Module`): The unpruned model.
+        layers (`Sequence[Layer]`): To be pruned.
+        config (`UnstructuredPruningConfig`): `allocation` and what belongs to it.
+        batches (`Sequence[dict[str, torch.Tensor]]`): Calibration data, for `"owl"`.
+
+    Returns:
+        `dict[str, float]`: By name.
+
+    Raises:
+        ValueError: if an allocation names no layer, or data never reach one.
+    """
+    shares = {layer.name: config.target for layer in layers}
+    if isinstance(config.allocation, Mapping):
+        # From the last to the first, so that the first that matches has the last word.
+        for pattern, share in reversed(config.allocation.items()):
+            shares |= {layer.name: share for layer in match_layers(layers, pattern, "allocation")}
+    elif config.allocation == "owl":
+        ratios, sizes = [], []
+        for mine, means in walk(model, layers, batches, square_sums, "Counting outliers"):
+            scores = [wanda_scores(layer.weight, means[layer].mean) for layer in mine]
+            ratios.append(outlier_ratio(scores, config.outlier_factor))
+            sizes.append(sum(layer.weight.numel() for layer in mine))
+        found = owl_shares(ratios, sizes, config.target, config.outlier_spread)
+        for (_, mine), share in zip(groupby(layers, lambda layer: layer.block), found, strict=True):
+            shares |= {layer.name: share for layer in mine}
+    return shares
+
+
+def survey(
+    model: nn.Module, layers: Sequence[Layer], config: UnstructuredPruningConfig, batches: Sequence[Batch]
+) -> dict[str, torch.Tensor]:
+    """Scores of all layers of the model as it is, of blocks pooled, to rank them together.
+
+    Scores that stand for errors of outputs are taken relative to the outputs of their layer.
+
+    Args:
+        model (`nn.Module`): Is not changed.
+        layers (`Sequence[Layer]`): To be pruned.
+        config (`UnstructuredPruningConfig`): `score`, `pattern` and `seed`.
+        batches (`Sequence[dict[str, torch.Tensor]]`): Calibration data, where scores need them.
+
+    Returns:
+        `dict[str, torch.Tensor]`: By name of the layer.
+
+    Raises:
+        ValueError: if data never reach a layer or are not finite.
+    """
+    if config.score not in DATA_SCORES:
+        generator = torch.Generator().manual_seed(config.seed)
+        found = [(layer, blind_scores(layer.weight, config.score, generator)) for layer in layers]
+    else:
+        found = [
+            (layer, _relative_scores(layer, means[layer], config))
+            for mine, means in walk(model, layers, batches, _total(config), "Scoring weights")
+            for layer in mine
+        ]
+    return {layer.name: pool(scores.float(), config.block) for layer, scores in found}
+
+
+def sweep_(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    config: UnstructuredPruningConfig,
+    batches: Sequence[Batch],
+    selections: Mapping[str, Selection],
+) -> None:
+    """Prunes all layers once, in place, each by what it reads after those before it were pruned.
+
+    Args:
+        model (`nn.Module`): Is changed.
+        layers (`Sequence[Layer]`): To be pruned.
+        config (`UnstructuredPruningConfig`): `score` and what belongs to it.
+        batches (`Sequence[dict[str, torch.Tensor]]`): Calibration data, where scores need them.
+        selections (`Mapping[str, Selection]`): By layer, how many weights go, those that are 0 already included.
+
+    Raises:
+        ValueError: if data never reach a layer or are not finite, or a Hessian cannot be inverted.
+    """
+    if config.score not in DATA_SCORES:
+        generator = torch.Generator().manual_seed(config.seed)
+        for layer in layers:
+            scores = blind_scores(layer.weight, config.score, generator)
+            _zero_(layer, scores, selections[layer.name])
+        return
+    for mine, means in walk(model, layers, batches, _total(config), "Pruning weights"):
+        for layer in mine:
+            selection = selections[layer.name]
+            if config.score == "wanda":
+                _zero_(layer, wanda_scores(layer.weight, means[layer].mean), selection)
+            elif not selection.is_empty:
+                factor = _factor(layer, means[layer], config)
+                write_matrix_(layer.module, prune_compensated(layer.weight, factor, selection, config.sweep_width))
+
+
+def _total(config: UnstructuredPruningConfig) -> Callable[[torch.Tensor], torch.Tensor]:
+    return square_sums if config.score == "wanda" else hessian_sums
+
+
+def _factor(layer: Layer, means: InputMeans, config: UnstructuredPruningConfig) -> torch.Tensor:
+    hessian = means.mean.to(layer.weight.device, getattr(torch, config.precision))
+    return inverse_factor(hessian, config.damping)
+
+
+def _relative_scores(layer: Layer, means: InputMeans, config: UnstructuredPruningConfig) -> torch.Tensor:
+    # An error counts by how large it is beside the outputs of its layer: layers differ in scale by far.
+    if config.score == "wanda":
+        scores = wanda_scores(layer.weight, means.mean)
+        return scores / scores.norm().clamp_min(torch.finfo(scores.dtype).tiny)
+    costs = removal_costs(layer.weight, _factor(layer, means, config))
+    outputs = ((layer.weight.cpu().double() @ means.mean) * layer.weight.cpu()).sum()
+    return costs / max(outputs.item(), torch.finfo(costs.dtype).tiny)
+
+
+def _zero_(layer: Layer, scores: torch.Tensor, selection: Selection) -> None:
+    write_matrix_(layer.module, layer.weight.masked_fill(selection.mask(scores), 0))
+
+
+def measure_sparsity(
+    model: nn.Module,
+    reference: nn.Module | None = None,
+    batches: Iterable[Mapping[str, Any]] | None = None,
+) -> dict[str, dict[str, float]]:
+    """How sparse each projection inside the blocks is, and how much its outputs changed.
+
+    The change is ||X (W' - W)^T|| / ||X W^T||, where X is what the layer reads in `model`: its own part of the error,
+    without what came in from layers before it.
+
+    Args:
+        model (`nn.Module`): The pruned model.
+        reference (`nn.Module`, *optional*): The model before.
+        batches (`Iterable[Mapping[str, torch.Tensor]]`, *optional*): Inputs; needed with `reference`.
+
+    Returns:
+        `dict[str, dict[str, float]]`: By dotted name of the layer, `"sparsity"`, the share of its weights that are 0,
+        and with a reference `"output_error"`.
+
+    Raises:
+        ValueError: if only one of `reference` and `batches` is given, the models do not match, or the data never reach
+            a layer.
+    """
+    if (reference is None) != (batches is None):
+        raise ValueError("An output error needs both: give reference, the model before, and batches, or neither.")
+    model = unwrap(model)
+    layers = find_layers(model)
+    found = {layer.name: {"sparsity": (layer.weight == 0).double().mean().item()} for layer in layers}
+    if reference is None:
+        return found
+    for name, error in _output_errors(model, unwrap(reference), layers, read_batches(model, batches)).items():
+        found[name]["output_error"] = error
+    return found
+
+
+def _output_errors(
+    model: nn.Module, reference: nn.Module, layers: Sequence[Layer], batches: Sequence[Batch]
+) -> dict[str, float]:
+    dense = {layer.name: layer.weight.float() for layer in find_layers(reference)}
+    shapes = {(layer.name, layer.weight.shape) for layer in layers}
+    differing = sorted(shapes ^ {(name, weight.shape) for name, weight in dense.items()})
+    if differing:
+        raise ValueError(
+            f"{differing[0][0]} is not of the same shape in model and reference: give the model as it was before."
+        )
+    squares = {layer: [0.0, 0.0, 0] for layer in layers}
+
+    def add(layer: Layer, inputs: torch.Tensor, mask: torch.Tensor) -> None:
+        tokens, old = inputs[mask].float(), dense[layer.name].to(inputs.device)
+        squares[layer][0] += (tokens @ (layer.weight.float() - old).T).square().sum().item()
+        squares[layer][1] += (tokens @ old.T).square().sum().item()
+        squares[layer][2] += len(tokens)
+
+    with frozen(model), torch.no_grad(), watch_inputs(model, layers, add):
+        for batch in batches:
+            model(**batch)
+    for layer, (_, _, n_tokens) in squares.items():
+        check_reached(layer, n_tokens)
+    return {layer.name: (error / max(whole, 1e-30)) ** 0.5 for layer, (error, whole, _) in squares.items()}
