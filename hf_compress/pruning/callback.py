@@ -113,11 +113,11 @@ class PruningCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         """Switches units off at the steps of the schedule."""
-        if state.global_step not in self.update_steps(state.max_steps):
-            return
-        span = (self.end - self.begin) * state.max_steps
-        progress = (state.global_step - self.begin * state.max_steps) / span + 1 / self.n_updates
-        self._switch_off(unwrap(model), cubic_budget(progress, self.config.budget))
+        updates = self.update_steps(state.max_steps)
+        if state.global_step in updates:
+            # Counted in updates, of which a short training has fewer than asked for: the last one reaches the budget.
+            progress = (updates.index(state.global_step) + 1) / len(updates)
+            self._switch_off(unwrap(model), cubic_budget(progress, self.config.budget))
 
     def update_steps(self, max_steps: int) -> list[int]:
         """The steps before which units are scored.

@@ -27,7 +27,7 @@ class StructuredPruningConfig:
         metadata={
             "help": "What the budget counts: 'macs' (multiply-accumulates of the blocks at the mean length of the "
             "data), 'params' or 'bytes' (the blocks' weights), 'latency' (time, from a table that is measured on this "
-            "machine with the first batch)."
+            "machine with the batch of median size)."
         },
     )
     units: list[str] = field(

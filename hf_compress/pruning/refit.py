@@ -70,6 +70,8 @@ def repair_(
 
 def warn_of_few_tokens(sites: Sequence[Site], batches: Sequence[Batch]) -> None:
     """Warns where there are fewer tokens than weights to be fitted for each output."""
+    if any("input_ids" not in batch for batch in batches):
+        return  # how many tokens an image makes is not seen from its batch
     n_tokens = sum(int(token_mask(batch, "encoder").sum()) for batch in batches)
     widest = max(site.n_units * unit_size(site.parts[0]) for site in sites)
     if n_tokens < widest:

@@ -66,6 +66,14 @@ def test_the_trained_model_is_cut_to_the_budget_and_reloads_exactly(distilled, s
     assert difference(predict(reloaded, batch), predict(run.model.eval(), batch)) == 0
 
 
+@pytest.mark.parametrize("max_steps", [1, 3, 10])
+def test_short_trainings_reach_the_budget_too(max_steps, tmp_path):
+    callback = hc.PruningCallback(config(score="fisher"))
+    run = trainer(tmp_path, callback, max_steps=max_steps)
+    run.train()
+    assert macs(run.model, callback._batches) / macs(classifier(), callback._batches) <= 0.5
+
+
 def test_the_cut_changes_no_output(tmp_path):
     callback = hc.PruningCallback(config(), n_updates=2)
     run = trainer(tmp_path, callback)
