@@ -149,6 +149,11 @@ def check_calibration(calibration: Calibration, config: StructuredPruningConfig)
         if then != now:
             raise ValueError(f"The calibration was made with {name}={then!r}, and {name}={now!r} is asked for now: "
                              "call calibrate again with this config.")  # fmt: skip
+    if config.units != ("layers",) and not calibration.removals:
+        raise ValueError(
+            f"units={config.units} need scores of heads and neurons, which a calibration with units='layers' does not "
+            "hold: call calibrate again with these units."
+        )
     if config.cost == "latency" and calibration.latency is None:
         raise ValueError(
             "cost='latency' needs a table of times, which a calibration with another cost does not hold: call "

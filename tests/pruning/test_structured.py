@@ -233,6 +233,13 @@ def test_a_calibration_by_another_score_is_refused():
         hc.prune(model, config(), calibration)
 
 
+def test_a_calibration_of_whole_layers_is_refused_for_heads():
+    model = tiny_model("bert")
+    calibration = hc.calibrate(model, config(units="layers"), [tiny_batch(model)])
+    with pytest.raises(ValueError, match="need scores of heads and neurons"):
+        hc.prune(model, config(), calibration)
+
+
 def test_the_mask_of_a_decoder_is_its_own():
     batch = {"input_ids": torch.ones(2, 5), "attention_mask": torch.tensor([[1] * 5, [1] * 3 + [0] * 2])}
     assert token_mask(batch, "encoder").sum() == 8
