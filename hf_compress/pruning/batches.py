@@ -107,6 +107,27 @@ def text_length(batches: Iterable[Mapping[str, torch.Tensor]], stack: str) -> tu
     return lengths.mean().item(), (lengths.square().mean() / lengths.mean()).item()
 
 
+def warn_of_few_tokens(batches: Sequence[Batch], stack: str, widest: int, consequence: str) -> None:
+    """Warns where there are fewer tokens than weights to be fitted for each output.
+
+    Args:
+        batches (`Sequence[dict[str, torch.Tensor]]`): Inputs.
+        stack (`str`): Whose tokens count.
+        widest (`int`): The most weights of one output.
+        consequence (`str`): What comes of it, for the message.
+    """
+    if any("input_ids" not in batch for batch in batches):
+        return  # how many tokens an image makes is not seen from its batch
+    n_tokens = sum(int(token_mask(batch, stack).sum()) for batch in batches)
+    if n_tokens < widest:
+        logger.warning(
+            "The calibration data have %d tokens for up to %d weights of each output, so %s: give some hundred texts.",
+            n_tokens,
+            widest,
+            consequence,
+        )
+
+
 def median_batch(batches: Sequence[Batch]) -> Batch:
     """The batch of median size, the one to take times with."""
     return sorted(batches, key=lambda batch: next(iter(batch.values())).numel())[len(batches) // 2]

@@ -6,8 +6,8 @@ the model for good.
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from hf_compress.modeling.blocks import Block, check_stack, count_layers, find_b
 from hf_compress.modeling.surgery import first_layer_stays
 from hf_compress.modeling.tasks import forward_columns, task_of, unwrap
 from hf_compress.pruning.batches import Batch, token_mask
+from hf_compress.pruning.replay import replaced_forwards, state_of
 from hf_compress.pruning.sensitivity import OutputKind, frozen, task_outputs
 
 logger = logging.getLogger(__name__)
@@ -105,7 +106,7 @@ def run_without(
     outputs: dict[nn.Module, Any] = {}
 
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        states[module] = _state(args, kwargs)
+        states[module] = state_of(args, kwargs)
         outputs[module] = _with_state(output, states[module]) if is_removed[module] else output
         return outputs[module]
 
@@ -121,7 +122,7 @@ def run_without(
         forwards[tried] = partial(_give, _with_state(outputs[tried], states[tried]))
         later = (block.module for block in blocks[place + 1 :] if is_removed[block.module])
         forwards |= {module: partial(_pass_by, outputs[module]) for module in later}
-        with _replaced(forwards), torch.no_grad():
+        with replaced_forwards(forwards), torch.no_grad():
             result = model(**inputs)
         yield result
 
@@ -262,10 +263,6 @@ def _place_of(blocks: Sequence[Block], stack: str, layer: int) -> int:
     return next(place for place, block in enumerate(blocks) if (block.stack, block.index) == (stack, layer))
 
 
-def _state(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
-    return args[0] if args else kwargs["hidden_states"]
-
-
 def _with_state(output: Any, state: torch.Tensor) -> Any:
     """What a block returns, with other hidden states: what else it hands on to the next ones stays."""
     return (state, *output[1:]) if isinstance(output, tuple) else state
@@ -276,20 +273,4 @@ def _give(output: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _pass_by(output: Any, *args: Any, **kwargs: Any) -> Any:
-    return _with_state(output, _state(args, kwargs))
-
-
-@contextmanager
-def _replaced(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Other forwards for some modules; one that another library had set on the module comes back at the end."""
-    before = {module: vars(module).get("forward") for module in forwards}
-    try:
-        for module, forward in forwards.items():
-            module.forward = forward
-        yield
-    finally:
-        for module, forward in before.items():
-            if forward is None:
-                del module.forward
-            else:
-                module.forward = forward
+    return _with_state(output, state_of(args, kwargs))

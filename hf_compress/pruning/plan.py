@@ -203,7 +203,8 @@ def uniform_plan(curves: Sequence[Curve], target: float) -> Plan:
             plans.append(plan)
     if not plans:
         check_target(curves, target)
-        least = min(total_cost(curves, p) for p in [tuple(len(c.kept) - 1 for c in curves)]) / total_cost(curves)
+        narrowest = dict(zip(kinds, (widths[0] for widths in common), strict=True))
+        least = sum(float(c.cost[c.kept == narrowest[c.kind]][0]) for c in curves) / total_cost(curves)
         raise ValueError(f"With one width for all layers, a budget below {least:.3f} cannot be met: raise the budget.")
     return min(plans, key=lambda plan: sum(c.error[level] for c, level in zip(curves, plan, strict=True)))
 

@@ -1,6 +1,5 @@
 """Repairing a live model after units were chosen to go, from the first block to the last."""
 
-import logging
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -9,14 +8,12 @@ from tqdm.auto import tqdm
 
 from hf_compress.modeling.blocks import Block, find_blocks
 from hf_compress.modeling.projections import read_matrix, spread, write_matrix_
-from hf_compress.pruning.batches import Batch, check_finite, token_mask
+from hf_compress.pruning.batches import Batch, check_finite, token_mask, warn_of_few_tokens
 from hf_compress.pruning.config import StructuredPruningConfig
 from hf_compress.pruning.repair import Moments, fit_projection, mean_compensation
 from hf_compress.pruning.replay import Replay
 from hf_compress.pruning.sensitivity import frozen
 from hf_compress.pruning.units import Part, Site, count_units, unit_size
-
-logger = logging.getLogger(__name__)
 
 
 def repair_(
@@ -47,7 +44,8 @@ def repair_(
     kept_of = {part.name: kept[site.name] for site in sites for part in site.parts}
     blocks, dense_blocks = find_blocks(model), find_blocks(reference)
     is_changed = model is not reference
-    warn_of_few_tokens(sites, batches)
+    widest = max(site.n_units * unit_size(site.parts[0]) for site in sites)
+    warn_of_few_tokens(batches, "encoder", widest, "the repair stays close to the old weights")
     bar = tqdm(total=2 * len(blocks) * len(batches), desc="Repairing layers", unit="pass")
     with frozen(model), frozen(reference), bar:
         dense = Replay(reference, batches, bar.update)
@@ -66,21 +64,6 @@ def repair_(
                 check_finite(part.name, moments.xx())
                 refit_(part, kept_of[part.name], moments, config)
             pruned.finish(block)
-
-
-def warn_of_few_tokens(sites: Sequence[Site], batches: Sequence[Batch]) -> None:
-    """Warns where there are fewer tokens than weights to be fitted for each output."""
-    if any("input_ids" not in batch for batch in batches):
-        return  # how many tokens an image makes is not seen from its batch
-    n_tokens = sum(int(token_mask(batch, "encoder").sum()) for batch in batches)
-    widest = max(site.n_units * unit_size(site.parts[0]) for site in sites)
-    if n_tokens < widest:
-        logger.warning(
-            "The calibration data have %d tokens for up to %d weights of each output, so the repair stays close to "
-            "the old weights: give some hundred texts.",
-            n_tokens,
-            widest,
-        )
 
 
 def read_targets(dense: Replay, block: Block, names: set[str]) -> dict[tuple[str, int], list[torch.Tensor]]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -68,9 +68,12 @@ class Replay:
             raise _Reached
 
         with ExitStack() as hooks:
-            hooks.enter_context(_handing_on(self._done, self._given, number))
+            # Blocks that are done give what they gave, whatever they are called with.
+            given = {block.module: self._given[block.stack][number] for block in self._done if block.repeats == 1}
+            forwards = {module: lambda *_, output=output, **__: output for module, output in given.items()}
+            hooks.enter_context(replaced_forwards(forwards))
             if parts:
-                watch_block(block, parts, lambda part, passage: visit(number, part, passage), hooks, stops=True)
+                watch_block(block, parts, lambda part, passage: visit(number, part, passage), hooks)
             elif block.repeats == 1:
                 hooks.enter_context(block.module.register_forward_hook(stop))
             try:
@@ -80,7 +83,7 @@ class Replay:
         return output[0] if output else None
 
 
-class Passage:
+class Passage(NamedTuple):
     """What passed through a part in one forward.
 
     Attributes:
@@ -89,8 +92,9 @@ class Passage:
         residual (`torch.Tensor`): What the outputs are added to, shape (batch, length, hidden size).
     """
 
-    def __init__(self, inputs: torch.Tensor, outputs: torch.Tensor, residual: torch.Tensor) -> None:
-        self.inputs, self.outputs, self.residual = inputs, outputs, residual
+    inputs: torch.Tensor
+    outputs: torch.Tensor
+    residual: torch.Tensor
 
 
 def watch_block(
@@ -98,31 +102,28 @@ def watch_block(
     parts: Sequence[Part],
     visit: Callable[[Part, Passage], None],
     hooks: ExitStack,
-    stops: bool = False,
 ) -> None:
-    """Hangs hooks on a block that tell what passes through its parts.
+    """Hangs hooks on a block that tell what passes through its parts, and end the forward pass after the last of them.
+
+    A block that all layers share is run to the end.
 
     Args:
         block (`Block`): A block of a live model.
         parts (`Sequence[Attention | FFN]`): Those of its parts that are of interest.
         visit (`Callable`): Called as `visit(part, passage)` whenever a part has run.
         hooks (`ExitStack`): Takes the hooks off again.
-        stops (`bool`, *optional*, defaults to `False`): Whether the forward pass ends after the last of the parts.
     """
     residual: dict[str, torch.Tensor] = {}
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        residual["now"] = args[0] if args else kwargs["hidden_states"]
-
-    def branch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        residual["now"] = args[0] if args else kwargs["hidden_states"]
+        residual["now"] = state_of(args, kwargs)
 
     def leave(part: Part, args: tuple[Any, ...], outputs: torch.Tensor) -> None:
         if part in wanted:
             visit(part, Passage(args[0], outputs, residual["now"]))
         if block.is_pre_norm:
             residual["now"] = residual["now"] + outputs
-        if stops and part is parts[-1] and block.repeats == 1:
+        if part is parts[-1] and block.repeats == 1:
             raise _Reached
 
     wanted = set(parts)
@@ -130,22 +131,31 @@ def watch_block(
     for part in (*block.attentions, block.ffn):
         if not block.is_pre_norm and part.inputs:
             # A post-norm block adds the input of each part to its output.
-            hooks.enter_context(part.inputs[0].register_forward_pre_hook(branch, with_kwargs=True))
+            hooks.enter_context(part.inputs[0].register_forward_pre_hook(enter, with_kwargs=True))
         hook = part.output.register_forward_hook(lambda _, args, outputs, part=part: leave(part, args, outputs))
         hooks.enter_context(hook)
 
 
+def state_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
+    """The hidden states that a block or projection is called with."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
 @contextmanager
-def _handing_on(done: Sequence[Block], given: Mapping[str, Sequence[Any]], number: int) -> Iterator[None]:
-    outputs = {block.module: given[block.stack][number] for block in done if block.repeats == 1}
-    # accelerate, for one, sets a forward of its own on modules that it places.
-    own = {module: vars(module)["forward"] for module in outputs if "forward" in vars(module)}
+def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Other forwards for some modules; one that another library had set on the module comes back at the end.
+
+    Args:
+        forwards (`Mapping[nn.Module, Callable]`): By module.
+    """
+    before = {module: vars(module).get("forward") for module in forwards}
     try:
-        for module, output in outputs.items():
-            module.forward = lambda *args, output=output, **kwargs: output
+        for module, forward in forwards.items():
+            module.forward = forward
         yield
     finally:
-        for module in outputs:
-            del module.forward
-        for module, forward in own.items():
-            module.forward = forward
+        for module, forward in before.items():
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward

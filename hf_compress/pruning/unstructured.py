@@ -10,7 +10,7 @@ from torch import nn
 
 from hf_compress.modeling.projections import write_matrix_
 from hf_compress.modeling.tasks import unwrap
-from hf_compress.pruning.batches import Batch, read_batches, token_mask
+from hf_compress.pruning.batches import Batch, read_batches, warn_of_few_tokens
 from hf_compress.pruning.calibration import Calibration
 from hf_compress.pruning.layer_inputs import check_reached, walk, watch_inputs
 from hf_compress.pruning.masks import (
@@ -105,22 +105,11 @@ def read_calibration(
             "some hundred texts as tokenized batches, or take score='magnitude' with allocation='uniform'."
         )
     batches = read_batches(model, data)
-    if config.score == "sparsegpt" and "input_ids" in batches[0]:
-        warn_of_few_tokens(layers, batches)
+    if config.score == "sparsegpt":
+        widest = max(layer.weight.shape[1] for layer in layers)
+        stack = layers[0].block.stack
+        warn_of_few_tokens(batches, stack, widest, "what is left is fitted to these texts alone")
     return batches
-
-
-def warn_of_few_tokens(layers: Sequence[Layer], batches: Sequence[Batch]) -> None:
-    """Warns where there are fewer tokens than weights to be adapted for each output."""
-    n_tokens = sum(int(token_mask(batch, layers[0].block.stack).sum()) for batch in batches)
-    widest = max(layer.weight.shape[1] for layer in layers)
-    if n_tokens < widest:
-        logger.warning(
-            "The calibration data have %d tokens for up to %d weights of each output, so what is left is fitted to "
-            "these texts alone: give some hundred texts.",
-            n_tokens,
-            widest,
-        )
 
 
 def make_selection(config: UnstructuredPruningConfig, share: float) -> Selection:
