@@ -26,12 +26,13 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text(), str(path)) for path in FILES}
 
 # What each layer may import, itself apart. "pruning" allows all of that folder, "pruning.config" that file alone.
-BASE = {"checkpoint", "modeling"}
+BASE = {"checkpoint", "formats", "modeling"}
 STEPS = {"distillation", "pruning", "quantization"}
 CONFIGS = {f"{step}.config" for step in STEPS} | {"distillation.arguments"}
 ALLOWED = {
     "modeling": set(),
-    "checkpoint": {"modeling"},
+    "formats": set(),
+    "checkpoint": {"formats", "modeling"},
     "distillation": BASE,
     "pruning": BASE,
     "quantization": BASE,

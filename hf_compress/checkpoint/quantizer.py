@@ -25,11 +25,13 @@ class CompressionQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: "PreTrainedModel", **_: Any) -> None:
         # Imported here because importing hf_compress must not import the models' code.
+        from hf_compress.checkpoint.packed_modules import build_formats_
         from hf_compress.checkpoint.sparse import match_parameters
         from hf_compress.checkpoint.widths import cut_to_widths_
 
         if self.quantization_config.widths is not None:
             cut_to_widths_(model, self.quantization_config.widths)
+        build_formats_(model, self.quantization_config.formats or [])
         self._sparse = match_parameters(model, self.quantization_config.sparse or [])
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: "PreTrainedModel") -> list[Any]:
@@ -45,12 +47,13 @@ class CompressionQuantizer(HfQuantizer):
 
         if self._refused:
             raise ValueError("Sparse weights cannot be loaded. " + " ".join(self._refused))
-        # The model holds plain dense tensors: it may train, be cast and be saved like any other, which Transformers
-        # refuses while these flags are set. The config stays, for the next save.
-        del model.hf_quantizer, model.quantization_method
-        model.is_quantized = False
-        for config in configs(model):
-            vars(config).pop("_is_quantized", None)
+        if not self.quantization_config.is_packed:
+            # The model holds plain dense tensors: it may train, be cast and be saved like any other, which
+            # Transformers refuses while these flags are set. The config stays, for the next save.
+            del model.hf_quantizer, model.quantization_method
+            model.is_quantized = False
+            for config in configs(model):
+                vars(config).pop("_is_quantized", None)
         write_config_(model, self.quantization_config.widths, list(self._sparse.values()))
         return model
 
@@ -60,8 +63,8 @@ class CompressionQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Whether such a model can be trained: always."""
-        return True
+        """Whether such a model can be trained: where its weights are plain tensors."""
+        return not self.quantization_config.is_packed
 
 
 def register() -> None:

@@ -12,6 +12,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, PrefixChange, WeightConverter
 
 from hf_compress.checkpoint.config import CompressionConfig
+from hf_compress.checkpoint.packed_modules import read_formats
 from hf_compress.checkpoint.packing import pack_sparse, unpack_sparse
 from hf_compress.modeling.tasks import unwrap
 
@@ -71,12 +72,14 @@ def write_config_(model: "PreTrainedModel", widths: dict[str, dict[str, int]] | 
     Args:
         model (`PreTrainedModel`): The model, not wrapped.
         widths (`dict[str, dict[str, int]]`, *optional*): As in `CompressionConfig.widths`.
-        sparse (`list[str]`): As in `CompressionConfig.sparse`. With neither, the checkpoint needs no plug-in.
+        sparse (`list[str]`): As in `CompressionConfig.sparse`. With neither, and all modules in floating point, the
+            checkpoint needs no plug-in.
     """
-    if widths is None and not sparse:
-        vars(model.config).pop("quantization_config", None)
-    else:
-        model.config.quantization_config = CompressionConfig(widths, sparse or None)
+    method = vars(model.config).pop("quantization_config", None)
+    inner = method.inner if isinstance(method, CompressionConfig) else None
+    formats = read_formats(model) or None
+    if widths is not None or sparse or formats or inner:
+        model.config.quantization_config = CompressionConfig(widths, sparse or None, formats, inner)
     if sparse or "_weight_conversions" in vars(model):
         others = [conversion for conversion in _conversions(model) if not _is_sparse(conversion)]
         model._weight_conversions = others + sparse_conversions(sparse, [])

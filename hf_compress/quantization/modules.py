@@ -1,0 +1,140 @@
+"""Which modules are quantized, and their replacement."""
+
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from hf_compress.checkpoint.config import CompressionConfig
+from hf_compress.checkpoint.quantizer import CompressionQuantizer
+from hf_compress.checkpoint.sparse import sparse_names, write_config_
+from hf_compress.checkpoint.widths import write_widths_
+from hf_compress.formats.packed import PackedModule
+from hf_compress.modeling.blocks import task_head_names
+from hf_compress.modeling.surgery import configs
+
+logger = logging.getLogger(__name__)
+
+
+def choose_modules(
+    model: PreTrainedModel, exclude: Sequence[str] = (), embeddings: bool = False
+) -> dict[str, nn.Module]:
+    """The projections of a model, and its tables of embeddings where asked, that a number format may take.
+
+    Task heads stay in floating point, as do weights that are shared with a module that does.
+
+    Args:
+        model (`PreTrainedModel`): A model of a known architecture, in floating point.
+        exclude (`Sequence[str]`, *optional*): Names, or regular expressions for whole names, of modules that stay too,
+            with all that is in them. They come on top of the task head.
+        embeddings (`bool`, *optional*, defaults to `False`): Whether tables of embeddings are taken.
+
+    Returns:
+        `dict[str, nn.Module]`: `nn.Linear`, `Conv1D` and `nn.Embedding` by dotted name, in the order of the model.
+
+    Raises:
+        ValueError: if the model is quantized already, a pattern is no regular expression or matches nothing, or
+            nothing is left.
+    """
+    check_float(model)
+    kinds = (nn.Linear, Conv1D, nn.Embedding) if embeddings else (nn.Linear, Conv1D)
+    found = {
+        name: module for name, module in model.named_modules() if isinstance(module, kinds) and module.weight.numel()
+    }
+    heads = [name for name in found if any(_is_in(name, head) for head in task_head_names(model))]
+    excluded = {name for pattern in exclude for name in _matches(found, pattern)}
+    stays = {*heads, *excluded}
+    stays |= _shared_outside(model, [name for name in found if name not in stays])
+    chosen = {name: module for name, module in found.items() if name not in stays}
+    if not chosen:
+        raise ValueError(f"exclude={list(exclude)} leaves nothing to quantize: name fewer modules.")
+    if heads:
+        logger.info("The task head stays in floating point: %s.", ", ".join(heads))
+    return chosen
+
+
+def check_float(model: PreTrainedModel) -> None:
+    """Raises if a model is quantized already.
+
+    Args:
+        model (`PreTrainedModel`): The model.
+
+    Raises:
+        ValueError: if so.
+    """
+    if getattr(model, "is_quantized", False) or any(isinstance(module, PackedModule) for module in model.modules()):
+        method = getattr(model.config, "quantization_config", None)
+        raise ValueError(
+            f"The model {type(model).__name__} is quantized already ({type(method).__name__}), and rounding it again "
+            "would add one error to another: load the model in floating point, and quantize that."
+        )
+
+
+def replace_(
+    model: PreTrainedModel, modules: Mapping[str, nn.Module], make: Callable[[str, nn.Module], PackedModule]
+) -> None:
+    """Puts packed modules in the place of others, and writes into the model and its config that it is quantized.
+
+    All of them are made before the first is placed, so that an error leaves the model as it was.
+
+    Args:
+        model (`PreTrainedModel`): Is changed.
+        modules (`Mapping[str, nn.Module]`): From `choose_modules`.
+        make (`Callable`): From the name of a module and the module to the packed one.
+    """
+    packed = {name: make(name, module) for name, module in modules.items()}
+    # Widths are read from the projections, which are there no longer afterwards.
+    write_widths_(model)
+    for name, module in packed.items():
+        model.set_submodule(name, module.train(model.training))
+    mark_quantized_(model)
+
+
+def mark_quantized_(model: PreTrainedModel) -> None:
+    """Gives a model with packed modules the config and the flags that it will have after it was saved and loaded.
+
+    Args:
+        model (`PreTrainedModel`): Is changed.
+    """
+    method = vars(model.config).get("quantization_config")
+    write_config_(model, method.widths if isinstance(method, CompressionConfig) else None, sparse_names(model))
+    model.hf_quantizer = CompressionQuantizer(model.config.quantization_config, pre_quantized=True)
+    model.quantization_method = model.config.quantization_config.quant_method
+    model.is_quantized = True
+    for config in configs(model):
+        config._is_quantized = True
+
+
+def _is_in(name: str, parent: str) -> bool:
+    return name == parent or name.startswith(f"{parent}.")
+
+
+def _matches(names: Mapping[str, nn.Module], pattern: str) -> list[str]:
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"exclude has {pattern!r}, which is no regular expression: {error}.") from error
+
+    def is_meant(name: str) -> bool:
+        parts = name.split(".")
+        return any(compiled.fullmatch(".".join(parts[:stop])) for stop in range(1, len(parts) + 1))
+
+    found = [name for name in names if is_meant(name)]
+    if not found:
+        raise ValueError(
+            f"exclude has {pattern!r}, which matches none of the {len(names)} modules that could be quantized: give "
+            f"the dotted name of one, such as {next(iter(names))!r}, or a regular expression for whole names."
+        )
+    return found
+
+
+def _shared_outside(model: PreTrainedModel, names: Sequence[str]) -> set[str]:
+    """Of some modules, those whose weight is also that of a module or parameter that is not among them."""
+    users: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        users.setdefault(id(parameter), set()).add(name.rpartition(".")[0])
+    chosen = set(names)
+    return {name for name in names if users[id(model.get_submodule(name).weight)] - chosen}
