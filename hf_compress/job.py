@@ -1,6 +1,8 @@
 """What a run is asked for: the job, and the arguments or the config that go with it."""
 
+import json
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ from typing import Any
 from hf_compress.distillation.arguments import DistillationArguments
 from hf_compress.distillation.config import StudentConfig
 from hf_compress.pruning.config import StructuredPruningConfig
+from hf_compress.pruning.unstructured_config import UnstructuredPruningConfig
 
 PRUNED = "pruned"
 
@@ -131,10 +134,35 @@ class DistillJob(TextJob):
 
 
 @dataclass
-class PruneJob(TextJob):
-    """What to prune, and on which data."""
+class CalibratedJob(TextJob):
+    """A classifier that is pruned with unlabelled texts, whatever is cut."""
 
     output_dir: str = field(metadata={"help": "Folder for the pruned model, the figure and the report."})
+    n_texts: int = field(
+        default=512,
+        kw_only=True,
+        metadata={
+            "help": "Texts of the split train to calibrate with, drawn by --seed. Their labels are not looked at, "
+            "unless by --use-labels."
+        },
+    )
+    eval_batch_size: int = field(
+        default=64, kw_only=True, metadata={"help": "Texts per batch when quality is measured."}
+    )
+    use_cpu: bool = field(
+        default=False, kw_only=True, metadata={"help": "Leave an accelerator alone, where there is one."}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("n_texts", "eval_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} counts texts: give at least 1.")
+
+
+@dataclass
+class PruneJob(CalibratedJob):
+    """What to cut heads and neurons from, and on which data."""
+
     budgets: list[float] | None = field(
         default=None,
         metadata={
@@ -142,22 +170,6 @@ class PruneJob(TextJob):
             "calibration."
         },
     )
-    n_texts: int = field(
-        default=512,
-        metadata={
-            "help": "Texts of the split train to calibrate with, drawn by --seed. Their labels are not looked at, "
-            "unless by --use-labels."
-        },
-    )
-    eval_batch_size: int = field(default=64, metadata={"help": "Texts per batch when quality is measured."})
-    use_cpu: bool = field(default=False, metadata={"help": "Leave an accelerator alone, where there is one."})
-
-    def __post_init__(self) -> None:
-        for name in ("n_texts", "eval_batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} counts texts: give at least 1.")
-        if self.budgets and len(set(self.budgets)) < len(self.budgets):
-            raise ValueError(f"budgets={self.budgets} names a budget twice: give each once.")
 
     def configs(self, config: StructuredPruningConfig) -> dict[str, StructuredPruningConfig]:
         """What to prune to, by the name of the folder that the model is saved in.
@@ -169,11 +181,41 @@ class PruneJob(TextJob):
             `dict[str, StructuredPruningConfig]`: From the first budget to the last.
 
         Raises:
-            ValueError: if a budget is no share.
+            ValueError: if a budget is no share, or named twice.
         """
-        if not self.budgets:
-            return {PRUNED: config}
-        return {f"{PRUNED}-{budget}": replace(config, budget=budget) for budget in self.budgets}
+        return _by_share(config, "budget", self.budgets)
+
+
+@dataclass
+class SparsifyJob(CalibratedJob):
+    """Where to make single weights 0, and on which data."""
+
+    sparsities: list[float] | None = field(
+        default=None,
+        metadata={"help": "Several sparsities in the place of --sparsity, such as 0.5 0.7: one model for each."},
+    )
+
+    def configs(self, config: UnstructuredPruningConfig) -> dict[str, UnstructuredPruningConfig]:
+        """What to prune to, by the name of the folder that the model is saved in.
+
+        Args:
+            config (`UnstructuredPruningConfig`): How to prune; its sparsity counts where `sparsities` names none.
+
+        Returns:
+            `dict[str, UnstructuredPruningConfig]`: From the first sparsity to the last.
+
+        Raises:
+            ValueError: if a sparsity is no share, contradicts the pattern, or is named twice.
+        """
+        return _by_share(config, "sparsity", self.sparsities)
+
+
+def _by_share(config: Any, name: str, shares: Sequence[float] | None) -> dict[str, Any]:
+    if not shares:
+        return {PRUNED: config}
+    if len(set(shares)) < len(shares):
+        raise ValueError(f"{shares} names a {name} twice: give each once.")
+    return {f"{PRUNED}-{share}": replace(config, **{name: share}) for share in shares}
 
 
 def run_settings(job: DistillJob, args: DistillationArguments) -> dict[str, Any]:
@@ -191,18 +233,41 @@ def run_settings(job: DistillJob, args: DistillationArguments) -> dict[str, Any]
     return {**training, **chosen}
 
 
-def prune_settings(job: PruneJob, config: StructuredPruningConfig) -> dict[str, Any]:
+def prune_settings(job: CalibratedJob, config: StructuredPruningConfig | UnstructuredPruningConfig) -> dict[str, Any]:
     """What decides the result of a pruning: the job and the config, without where it is written.
 
     Args:
-        job (`PruneJob`): What to prune.
-        config (`StructuredPruningConfig`): How to prune it.
+        job (`CalibratedJob`): What to prune.
+        config (`StructuredPruningConfig` or `UnstructuredPruningConfig`): How to prune it.
 
     Returns:
         `dict`: Plain JSON types.
     """
-    chosen = {name: value for name, value in asdict(job).items() if name not in ("overwrite", "output_dir")}
-    return {**asdict(config), "units": list(config.units), **chosen}
+    return plain(config) | job_settings(job)
+
+
+def job_settings(job: CalibratedJob) -> dict[str, Any]:
+    """The job without where it is written.
+
+    Args:
+        job (`CalibratedJob`): What to prune.
+
+    Returns:
+        `dict`: Plain JSON types.
+    """
+    return {name: value for name, value in plain(job).items() if name not in ("overwrite", "output_dir")}
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """The fields of a dataclass as they are read from a JSON file, in which tuples are lists.
+
+    Args:
+        config (`Any`): A dataclass of numbers, texts, and lists, tuples or dicts of them.
+
+    Returns:
+        `dict`: Plain JSON types.
+    """
+    return json.loads(json.dumps(asdict(config)))
 
 
 def check_arguments(job: DistillJob, args: DistillationArguments) -> None:

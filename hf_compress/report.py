@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-HEADINGS = ("model", "{metric}", "retention % [95 %]", "params", "MB", "MACs", "faster")
+HEADINGS = ("model", "{metric}", "retention % [95 %]", "params", "MB", "{work}", "faster")
 # Metrics that are shares of something; correlations, for instance, are not.
 _SHARES = ("accuracy", "exact_match", "f1", "f1_macro", "f1_micro", "f1_weighted", "seqeval", "token_accuracy")
 _COSTS = {
@@ -37,7 +37,8 @@ def table_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
     Returns:
         `list[tuple[str, ...]]`: One row per model; the first is what the others are compared with.
     """
-    rows = [tuple(heading.format(metric=report["metric"]) for heading in HEADINGS)]
+    work = "zeros" if is_sparse(report) else "MACs"
+    rows = [tuple(heading.format(metric=report["metric"], work=work) for heading in HEADINGS)]
     for position, model in enumerate(report["models"]):
         quality, cost, name = model["quality"], model["cost"], model["name"]
         rows.append(
@@ -47,11 +48,24 @@ def table_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
                 _retention(quality) if position else "-",
                 f"{cost['parameters']['total'] / 1e6:.1f} M",
                 f"{cost['bytes_on_disk'] / 1e6:.1f}",
-                f"{cost['macs'] / cost['conditions']['batch_size'] / 1e6:.0f} M",
+                _zeros(model) if is_sparse(report) else _macs(cost),
                 f"{1 / report['latency']['ratio'][name]:.2f}x",
             )
         )
     return rows
+
+
+def is_sparse(report: dict[str, Any]) -> bool:
+    """Whether a report is of models in which single weights are 0, so that they differ in bytes and not in MACs."""
+    return "zeros" in report["models"][-1]
+
+
+def _zeros(model: dict[str, Any]) -> str:
+    return f"{100 * model['zeros']:.1f} %" if "zeros" in model else "-"
+
+
+def _macs(cost: dict[str, Any]) -> str:
+    return f"{cost['macs'] / cost['conditions']['batch_size'] / 1e6:.0f} M"
 
 
 def _value(quality: dict[str, Any]) -> str:
@@ -106,8 +120,9 @@ def conditions(report: dict[str, Any]) -> str:
     c = report["latency"]["conditions"]
     first = next(iter(report["latency"]["latency"].values()))
     dtypes = {latency["dtype"] for latency in report["latency"]["latency"].values()}
+    work = "zeros: of the weights inside the blocks, stored in fewer bytes" if is_sparse(report) else "MACs per row"
     return (
-        f"Quality on {report['rows_measured_on']} rows, {made}; MACs per row; faster: "
+        f"Quality on {report['rows_measured_on']} rows, {made}; {work}; faster: "
         f"ratio of median latencies, interleaved (the first took {1000 * first['median_s']:.0f} ms), "
         f"of a batch of {c['batch_size']} rows of {c['sequence_length']} tokens, {'/'.join(sorted(dtypes))}, "
         f"{c['device']} ({c['processor']}), {c['threads']} threads, torch {c['torch_version']}, "
@@ -127,8 +142,11 @@ def title(report: dict[str, Any]) -> str:
     """
     if "pruning" not in report:
         return f"A {report['job']['student_layers']}-layer student, trained on {report['job']['dataset']}"
-    *others, last = (f"{100 * model['budget']:g} %" for model in report["models"][1:])
+    what = "zeros" if is_sparse(report) else "budget"
+    *others, last = (f"{100 * model[what]:.4g} %" for model in report["models"][1:])
     shares = f"{', '.join(others)} and {last}" if others else last
+    if is_sparse(report):
+        return f"{shares} of the blocks' weights made 0"
     return f"Pruned to {shares} of {_COSTS[report['pruning']['cost']]}"
 
 
@@ -144,14 +162,14 @@ def markdown(report: dict[str, Any]) -> str:
     headings, *rows = table_rows(report)
     lines = ["| " + " | ".join(row) + " |" for row in (headings, ("---",) * len(headings), *rows)]
     how = "pruning" if "pruning" in report else "training"
-    values = {name: " ".join(v) if isinstance(v, list) else v for name, v in report[how].items()}
-    settings = ", ".join(f"{name} {value}" for name, value in values.items())
+    values = {name: " ".join(map(str, v)) if isinstance(v, list) else v for name, v in report[how].items()}
+    settings = ", ".join(f"{name} {value}" for name, value in values.items() if value not in (None, ""))
     data = f", with texts of `{report['job']['dataset']}`" if "pruning" in report else ""
     parts = (
         f"# {title(report)}",
         f"Of `{report['job']['model']}`{data}.",
         "\n".join(lines),
-        *(f"![Heads and neurons per layer: {name}]({figure})" for name, figure in figures(report).items()),
+        *(f"![{caption(report)}: {name}]({figure})" for name, figure in figures(report).items()),
         gain(report),
         conditions(report),
         f"{how.capitalize()}: {settings}.",
@@ -166,6 +184,15 @@ def figures(report: dict[str, Any]) -> dict[str, str]:
         report (`dict`): As `distill` or `prune_classifier` returns it; that of the former has none.
     """
     return {model["name"]: model["figure"] for model in report["models"] if "figure" in model}
+
+
+def caption(report: dict[str, Any]) -> str:
+    """What the figures of a pruning show.
+
+    Args:
+        report (`dict`): As `prune_classifier` returns it.
+    """
+    return "Zeros and output errors per layer" if is_sparse(report) else "Heads and neurons per layer"
 
 
 def show_report(report: dict[str, Any], folder: str | Path) -> None:
@@ -199,7 +226,7 @@ def show_report(report: dict[str, Any], folder: str | Path) -> None:
     console.print(f"\nAll figures: {folder / 'report.json'}, {folder / 'report.md'}", soft_wrap=True)
     if figures(report):
         drawn = ", ".join(str(folder / figure) for figure in figures(report).values())
-        console.print(f"Heads and neurons per layer: {drawn}", soft_wrap=True)
+        console.print(f"{caption(report)}: {drawn}", soft_wrap=True)
     made = report["models"][1]
     what = "pruned model" if "pruning" in report else "student"
     needs_plugin = made["needs_hf_compress"]
@@ -208,6 +235,10 @@ def show_report(report: dict[str, Any], folder: str | Path) -> None:
     code = f"from transformers import pipeline\nclassify = pipeline('text-classification', '{folder / made['name']}')"
     console.print("import hf_compress\n" * needs_plugin + code, style="bold", soft_wrap=True)
     if "pruning" in report:
-        console.print("\nTo win back what it lost, train it with the dense model as its teacher: DistillationTrainer.")
+        keeper = ", with a PruningCallback that keeps its zeros" if is_sparse(report) else ""
+        console.print(
+            f"\nTo win back what it lost, train it with the dense model as its teacher: DistillationTrainer{keeper}.",
+            soft_wrap=True,
+        )
     else:
         console.print("\nYour own model and data: hf-compress distill --help")

@@ -1,14 +1,19 @@
-"""The pruning baselines of the benchmarks keep to their budgets and do what their formulas say."""
+"""Benchmarks of pruning: baselines keep to their budgets and do what their formulas say, and cells are right."""
 
 import importlib
+from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
 
+from hf_compress.data import tokenize
 from hf_compress.modeling.capture import gate_outputs
 from tests.modeling.tiny import HEADS, difference, predict, tiny_batch, tiny_model
+from tests.tiny_job import save_tiny_bert, tiny_texts, tiny_tokenizer
 
 CUTS = ("random_cut", "l2_cut", "textpruner_cut", "kwon_cut")
 
@@ -149,3 +154,89 @@ def test_folded_scales_are_gates(baselines, monkeypatch, reference):
         gated = predict(model, batch)
     assert difference(predict(tuned, batch), gated) <= 1e-5
     assert difference(predict(kwon(tune=False), batch), gated) > 1e-3
+
+
+class TinyTeachers:
+    """What cells need of the benchmark that trains the teachers."""
+
+    def __init__(self, folder):
+        self.folder, self.tokenizer = folder, tiny_tokenizer()
+        save_tiny_bert(folder / "trec-teacher", layers=6, intermediate_size=64)
+
+    def teacher(self, task):
+        return None
+
+    def load(self, task, path):
+        return AutoModelForSequenceClassification.from_pretrained(path)
+
+    def prepared(self, task):
+        rows = {"train": tiny_texts(24, seed=1), "test": tiny_texts(16, seed=2)}
+        sets = {name: Dataset.from_list(texts) for name, texts in rows.items()}
+        return {name: tokenize(one, self.tokenizer, ["text"], one["label"], 16) for name, one in sets.items()}
+
+    def collator(self, task):
+        return DataCollatorWithPadding(self.tokenizer)
+
+    def stored(self, name):
+        return {"test": 0.75} if name == "trec-teacher" else None
+
+
+@pytest.fixture
+def sparse(monkeypatch, tmp_path):
+    """The benchmark of single weights, and a bench on a tiny teacher."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    module = importlib.import_module("unstructured_pruning")
+    monkeypatch.setattr("structured_pruning.Bench", lambda options: TinyTeachers(tmp_path / "teachers"))
+    options = Namespace(teachers=None, data=None, work=tmp_path / "work")
+    return module, module.OneShotBench(options), module.TrainedBench(options)
+
+
+def test_cells_of_single_weights_are_of_saved_models_and_done_once(sparse, monkeypatch):
+    module, bench, _ = sparse
+    cells = {
+        (method, level): bench.cell("trec", method, level, 0)
+        for method, level in (("magnitude", "2:4"), ("sparsegpt", "0.5"), ("sparsegpt", "0.8"), ("sparsegpt-8", "0.8"))
+    }
+    for (_, level), cell in cells.items():
+        share = 0.5 if level == "2:4" else float(level)
+        assert cell["sparsity"] == pytest.approx(share, abs=0.003)
+        # In float32, with a bit for each weight.
+        assert cell["disk"]["weights"] == pytest.approx(1 - cell["sparsity"] + 1 / 32)
+        assert cell["disk"]["weights"] < cell["disk"]["file"] < 1
+    assert module.sparsity(AutoModelForSequenceClassification.from_pretrained(bench.folder / "saved")) > 0.79
+    monkeypatch.setattr(module.hc, "prune", None)
+    assert bench.cell("trec", "sparsegpt", "0.8", 0) == cells["sparsegpt", "0.8"]
+    tasks = bench.report(seeds=3)
+    assert tasks["trec"]["methods"]["sparsegpt"]["0.8"]["mean"] == cells["sparsegpt", "0.8"]["score"]
+    found = tasks["trec"]["goals"]
+    gained = 100 * (cells["sparsegpt-8", "0.8"]["score"] - cells["sparsegpt", "0.8"]["score"])
+    assert found["8 rounds over 1 at 80 %, points"] == {"wanda": None, "sparsegpt": pytest.approx(gained)}
+    lost = 75 - 100 * cells["sparsegpt", "0.5"]["score"]
+    assert found["sparsegpt at 50 % below dense, points"] == pytest.approx(lost)
+    shown = module.table(tasks, {"trec": {"dense": 0.75, "magnitude": {"mean": 0.6, "sd": None, "retention": 0.8}}})
+    assert "trec, accuracy, dense 75.0" in shown
+    assert "| bytes of the weights | 53.1 |  |  | 23." in shown
+    assert "- magnitude: 60.0, retention 80.00 %" in shown
+
+
+@pytest.mark.parametrize(("scores", "holds"), [((0.4, 0.5, 0.6, 0.6), True), ((0.4, 0.6, 0.5, 0.7), False)])
+def test_the_order_that_is_aimed_at(sparse, scores, holds):
+    module, _, _ = sparse
+    names = ("random", "magnitude", "wanda", "sparsegpt")
+    methods = {name: {"0.7": {"mean": score}} for name, score in zip(names, scores, strict=True)}
+    assert module.goals(0.9, methods)["random < magnitude < wanda <= sparsegpt at 70 %"] is holds
+    assert module.goals(0.9, {})["random < magnitude < wanda <= sparsegpt at 70 %"] is None
+
+
+@pytest.mark.parametrize("kind", ["magnitude", "sparsegpt"])
+def test_trained_cells_end_at_their_sparsity(sparse, kind):
+    module, _, bench = sparse
+    before = bench.small("trec", kind, 0)
+    assert module.sparsity(before) == pytest.approx(0 if kind == "magnitude" else 0.8, abs=0.003)
+    cell = bench.cell("trec", kind, 0)
+    found = bench.report(seeds=3)["trec"][kind]
+    assert found["mean"] == cell["score"]
+    assert found["retention"] == pytest.approx(cell["score"] / 0.75)
+    # A model of another sparsity gets no score.
+    with pytest.raises(RuntimeError, match="of the weights are 0"):
+        bench.score("trec", bench.teacher("trec"))

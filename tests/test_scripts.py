@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from transformers import AutoModelForSequenceClassification
 
 from hf_compress.modeling.blocks import count_layers
@@ -45,9 +46,30 @@ def test_prune_bert(tmp_path):
     assert (output / "widths.png").exists()
 
 
-def test_help_of_prune_bert(tmp_path):
-    shown = run("prune_bert.py", tmp_path, "--help")
-    for option in ("--budget ", "--budgets", "--text-columns", "--units", "--n-texts"):
+def test_sparsify_bert(tmp_path):
+    inputs = make_inputs(tmp_path / "inputs", model={"intermediate_size": 64})
+    output = tmp_path / "run"
+    words = ("--model", inputs / "model", "--dataset", inputs / "data", "--sparsity", 0.75, "--output-dir", output)
+    shown = run("sparsify_bert.py", tmp_path, *words, "--use-cpu", "--max-length", 16, "--score", "wanda")
+    assert " 75.0 % " in shown
+    assert json.loads((output / "report.json").read_text())["pruning"]["score"] == "wanda"
+    assert (output / "sparsity.png").exists()
+
+
+@pytest.mark.parametrize("number_format", ["int8", "nf4"])
+def test_quantize_bert(number_format, tmp_path):
+    inputs = make_inputs(tmp_path / "inputs", model={"hidden_size": 64, "intermediate_size": 128})
+    output = tmp_path / "quantized"
+    words = ("--model", inputs / "model", "--dataset", inputs / "data", "--format", number_format)
+    shown = run("quantize_bert.py", tmp_path, *words, "--max-length", 16, "--output-dir", output)
+    assert "accuracy" in shown
+    assert number_format in shown
+    assert AutoModelForSequenceClassification.from_pretrained(output).is_quantized
+
+
+def test_help_of_pruning(tmp_path):
+    shown = run("sparsify_bert.py", tmp_path, "--help")
+    for option in ("--budget ", "--budgets", "--text-columns", "--units", "--n-texts", "--sparsities", "--pattern"):
         assert option in shown
 
 

@@ -28,7 +28,7 @@ TREES = {path: ast.parse(path.read_text(), str(path)) for path in FILES}
 # What each layer may import, itself apart. "pruning" allows all of that folder, "pruning.config" that file alone.
 BASE = {"checkpoint", "formats", "modeling"}
 STEPS = {"distillation", "pruning", "quantization"}
-CONFIGS = {f"{step}.config" for step in STEPS} | {"distillation.arguments"}
+CONFIGS = {f"{step}.config" for step in STEPS} | {"distillation.arguments", "pruning.unstructured_config"}
 ALLOWED = {
     "modeling": set(),
     "formats": set(),
@@ -40,6 +40,7 @@ ALLOWED = {
     "data": {"modeling"},
     "classifiers": BASE | {"evaluation"},
     "job": CONFIGS,
+    "weight_options": CONFIGS,
     "stages": set(),
     "report": set(),
     "card": {"report"},
@@ -48,16 +49,30 @@ ALLOWED = {
     "pipeline": BASE
     | STEPS
     | {"classifiers", "evaluation", "data", "job", "stages", "report", "card", "hub", "recipe"},
-    "prune_run": BASE | {"pruning", "classifiers", "data", "job", "stages", "report"},
+    "prune_kinds": BASE | {"pruning"},
+    "prune_run": BASE | {"pruning", "prune_kinds", "classifiers", "data", "job", "stages", "report"},
     "demo": CONFIGS | {"pipeline", "data", "report", "recipe"},
-    "cli": CONFIGS | {"__init__", "demo", "job", "pipeline", "prune_run", "data", "report", "card", "hub", "recipe"},
+    "cli": CONFIGS
+    | {
+        "__init__",
+        "demo",
+        "job",
+        "weight_options",
+        "pipeline",
+        "prune_run",
+        "data",
+        "report",
+        "card",
+        "hub",
+        "recipe",
+    },
     "__init__": {"checkpoint"},  # the public names are served lazily, from strings
 }
 
 # Fields of the layout records that name modules; the others name attributes and config keys, which are no secret.
 PATHS = {
     "module", "inputs", "output", "extra_inputs", "gated_inputs", "owner", "table", "blocks", "token_embeddings",
-    "position_embeddings", "heads", "token_rows", "token_columns", "tail",
+    "position_embeddings", "heads", "token_rows", "token_columns", "tail", "read_whole",
 }  # fmt: skip
 # `post_norm` does name a module, but one that is called like a class of PyTorch.
 NO_PATHS = {

@@ -1,7 +1,4 @@
-"""Tensors in fewer bytes: without their zeros, or with few bits per number; both ways exact.
-
-In every layout, bits are counted from the least significant one of the first byte.
-"""
+"""Tensors without their zeros, exactly."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +6,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import pad
+
+from hf_compress.formats.bits import packed_width
 
 # NumPy finds and places numbers several times faster than PyTorch, but has no bfloat16: it sees plain integers.
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -70,83 +68,13 @@ def unpack_sparse(values: torch.Tensor, bitmask: torch.Tensor, shape: Sequence[i
     return torch.from_numpy(dense).view(values.dtype).view(shape)
 
 
-def pack_bits(numbers: torch.Tensor, bits: int) -> torch.Tensor:
-    """Packs small integers, each row of its own.
-
-    Args:
-        numbers (`torch.Tensor`): Integers from 0 to `2 ** bits - 1`, of shape `(..., columns)`.
-        bits (`int`): Bits per number, from 1 to 8.
-
-    Returns:
-        `torch.Tensor`: `uint8` of shape `(..., ceil(columns * bits / 8))` on the same device. In a row, number `i`
-        takes the bits from `i * bits` on, its least significant bit first, and may cross from one byte to the next;
-        the bits that fill the last byte are 0.
-
-    Raises:
-        ValueError: if a number or `bits` is out of range.
-        TypeError: if the numbers are no integers.
-    """
-    _check_bits(bits)
-    if numbers.is_floating_point() or numbers.is_complex():
-        raise TypeError(f"Numbers of type {numbers.dtype} cannot be packed: round them to integers first.")
-    if numbers.numel() and not 0 <= int(numbers.min()) <= int(numbers.max()) < 1 << bits:
-        raise ValueError(
-            f"Numbers from {int(numbers.min())} to {int(numbers.max())} do not fit into bits={bits}, which hold 0 to "
-            f"{(1 << bits) - 1}: subtract the smallest one, or take more bits."
-        )
-    # Eight numbers fill `bits` bytes whatever `bits` is, and these are at most the 8 bytes of one int64.
-    n_columns = numbers.shape[-1]
-    n_groups = -(-n_columns // 8)
-    groups = pad(numbers.to(torch.uint8), (0, 8 * n_groups - n_columns)).unflatten(-1, (n_groups, 8))
-    words = sum(groups[..., i].long() << bits * i for i in range(8))
-    packed = torch.stack([(words >> 8 * i & 255).to(torch.uint8) for i in range(bits)], dim=-1)
-    return packed.flatten(-2)[..., : _n_bytes(n_columns, bits)].contiguous()
-
-
-def unpack_bits(packed: torch.Tensor, bits: int, length: int) -> torch.Tensor:
-    """The integers that `pack_bits` packed.
-
-    Args:
-        packed (`torch.Tensor`): What `pack_bits` returned, of shape `(..., ceil(length * bits / 8))`.
-        bits (`int`): Bits per number, from 1 to 8.
-        length (`int`): Numbers per row.
-
-    Returns:
-        `torch.Tensor`: `uint8` of shape `(..., length)` on the same device.
-
-    Raises:
-        ValueError: if the three do not fit each other.
-    """
-    _check_bits(bits)
-    n_bytes = _n_bytes(length, bits)
-    if packed.dtype != torch.uint8 or packed.shape[-1] != n_bytes:
-        raise ValueError(
-            f"Rows of {packed.shape[-1]} elements of type {packed.dtype} do not hold {length} numbers of {bits} bits, "
-            f"which are {n_bytes} bytes of type torch.uint8: the file was damaged, or length or bits is another's."
-        )
-    n_groups = -(-length // 8)
-    groups = pad(packed, (0, bits * n_groups - n_bytes)).unflatten(-1, (n_groups, bits))
-    words = sum(groups[..., i].long() << 8 * i for i in range(bits))
-    numbers = torch.stack([(words >> bits * i & (1 << bits) - 1).to(torch.uint8) for i in range(8)], dim=-1)
-    return numbers.flatten(-2)[..., :length].contiguous()
-
-
 def _as_integers(tensor: torch.Tensor) -> Any:
     """The elements as a flat NumPy array, which shares its memory with a contiguous tensor on the CPU."""
     return tensor.detach().cpu().contiguous().view(-1).view(_INTEGERS[tensor.element_size()]).numpy()
 
 
-def _n_bytes(length: int, bits: int) -> int:
-    return -(-length * bits // 8)
-
-
-def _check_bits(bits: int) -> None:
-    if not 1 <= bits <= 8:
-        raise ValueError(f"bits={bits} per number cannot be packed: give 1 to 8.")
-
-
 def _check_sparse(values: torch.Tensor, bitmask: torch.Tensor, shape: tuple[int, ...], n_columns: int) -> None:
-    expected = (*shape[:-1], _n_bytes(n_columns, 1))
+    expected = (*shape[:-1], packed_width(n_columns, 1))
     if values.ndim != 1 or bitmask.dtype != torch.uint8 or bitmask.shape != expected:
         raise ValueError(
             f"A sparse tensor of shape {shape} has a bitmask of shape {expected} and type torch.uint8 and values of "

@@ -96,8 +96,8 @@ def plan_terms(configs: Sequence[TermConfig], student: nn.Module, teachers: Sequ
         `list[InnerTerm]`: One per config, in its order; a kind that comes again gets a number behind its name.
 
     Raises:
-        ValueError: if a teacher, stack or layer does not exist, heads cannot be split, or an architecture's attention
-            maps do not follow from its queries and keys.
+        ValueError: if a teacher, stack or layer does not exist, the attention of a layer was removed, heads cannot be
+            split, or an architecture's attention maps do not follow from its queries and keys.
     """
     terms, seen = [], {}
     for config in configs:
@@ -218,8 +218,27 @@ def _check_attention(term: InnerTerm, student: nn.Module, teacher: nn.Module) ->
                 f"because positions are added later: the term {term.config.kind} cannot be computed. Use "
                 "kind='relations', which any attention has."
             )
+    if term.signal_kind == "qkv":
+        _check_present(term, student, teacher)
     if term.config.kind == "relations":
         _check_relation_heads(term, student, teacher)
+
+
+def _check_present(term: InnerTerm, student: nn.Module, teacher: nn.Module) -> None:
+    sides = (("student", student, term.stack), ("teacher", teacher, term.teacher_stack))
+    left = list(term.pairs)
+    missing = []
+    for place, (side, model, stack) in enumerate(sides):
+        for layer in sorted({pair[place] for pair in term.pairs}):
+            if not _attention_of(model, stack, layer).num_heads:
+                missing.append(f"layer {layer} of the {side}'s {stack}")
+                left = [pair for pair in left if pair[place] != layer]
+    if missing:
+        remedy = f"layers={[list(pair) for pair in left]}" if left else "other layers, or kind='hidden_mse'"
+        raise ValueError(
+            f"The term {term.name} compares queries, keys and values, but there are none in {' and '.join(missing)}, "
+            f"whose attention was removed as a whole. Give the term {remedy}."
+        )
 
 
 def _check_relation_heads(term: InnerTerm, student: nn.Module, teacher: nn.Module) -> None:

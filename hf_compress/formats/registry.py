@@ -1,10 +1,12 @@
 """Which class belongs to which format in config.json."""
 
+from hf_compress.formats.binary import BinaryLinear
+from hf_compress.formats.fixed_point_modules import FixedPointEmbedding, FixedPointLinear
 from hf_compress.formats.int8 import Int8Linear
 from hf_compress.formats.packed import PackedEmbedding, PackedLinear, PackedModule
 
-LINEARS: dict[str, type[PackedLinear]] = {kind.format: kind for kind in (Int8Linear,)}
-EMBEDDINGS: dict[str, type[PackedEmbedding]] = {}
+LINEARS: dict[str, type[PackedLinear]] = {kind.format: kind for kind in (BinaryLinear, FixedPointLinear, Int8Linear)}
+EMBEDDINGS: dict[str, type[PackedEmbedding]] = {kind.format: kind for kind in (FixedPointEmbedding,)}
 
 
 def class_of(name: str) -> type[PackedModule]:

@@ -290,6 +290,17 @@ def embedding_names(model: nn.Module) -> list[str]:
     return [join(_base_name(model), path) for path in present]
 
 
+def lookup_tables(model: nn.Module) -> dict[str, nn.Embedding]:
+    """The token and position embeddings that rows are looked up in by a plain `nn.Embedding`, by dotted name.
+
+    Those of a class of its own, which scales rows or shifts positions, are not among them.
+    """
+    layout = find_layout(unwrap(model).config)
+    whole = {join(_base_name(unwrap(model)), path) for path in layout.read_whole}
+    found = {name: find_module(unwrap(model), name) for name in embedding_names(model) if name not in whole}
+    return {name: module for name, module in found.items() if type(module) is nn.Embedding}
+
+
 def token_embeddings(model: nn.Module) -> list[nn.Embedding]:
     """The token embeddings of a model, tied or not; an encoder-decoder has up to three, an image model none."""
     model = unwrap(model)

@@ -90,6 +90,7 @@ _DEBERTA_V2 = replace(
         )
     },
     position_embeddings=("embeddings.position_embeddings", "encoder.rel_embeddings"),
+    read_whole=("encoder.rel_embeddings",),
     heads=("classifier", "cls", "lm_predictions", "pooler", "qa_outputs"),
     token_rows=(*_BERT.token_rows, "lm_predictions.lm_head.bias"),
     follows_hidden=("embedding_size", "pooler_hidden_size"),

@@ -21,8 +21,12 @@ def out_width(projection: nn.Module) -> int:
 
 def read_matrix(projection: nn.Module) -> torch.Tensor:
     """The weights of an `nn.Linear` or `Conv1D` as a matrix of shape (outputs, inputs), a view without gradient."""
-    weight = projection.weight.detach()
-    return weight if _in_axis(projection) == 1 else weight.T
+    return oriented(projection, projection.weight.detach())
+
+
+def oriented(projection: nn.Module, matrix: torch.Tensor) -> torch.Tensor:
+    """A view of a matrix of shape (outputs, inputs) that is laid out as the projection's weight is; or back."""
+    return matrix if _in_axis(projection) == 1 else matrix.T
 
 
 def write_matrix_(projection: nn.Module, matrix: torch.Tensor, bias: torch.Tensor | None = None) -> None:
@@ -34,7 +38,7 @@ def write_matrix_(projection: nn.Module, matrix: torch.Tensor, bias: torch.Tenso
         bias (`torch.Tensor`, *optional*): Shape (outputs,).
     """
     with torch.no_grad():
-        projection.weight.copy_(matrix if _in_axis(projection) == 1 else matrix.T)
+        projection.weight.copy_(oriented(projection, matrix))
         if bias is not None:
             projection.bias.copy_(bias)
 

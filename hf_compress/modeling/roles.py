@@ -137,6 +137,8 @@ class Layout:
     """Embeddings of tokens, tied or not; none for images."""
     position_embeddings: tuple[str, ...] = ()
     """Learned tables or parameters of positions, where the config asks for them."""
+    read_whole: tuple[str, ...] = ()
+    """Of these tables, those that the model reads as they are, and looks no rows up in."""
     heads: tuple[str, ...] = ()
     """All modules beside the base model in the `AutoModelFor...` classes: together, the task heads."""
     token_rows: tuple[str, ...] = ()

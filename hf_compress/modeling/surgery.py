@@ -134,6 +134,20 @@ def first_layer_stays(model: nn.Module, stack: str | None = None) -> bool:
     return _first_stays(model.config, find_stacks(model)[check_stack(model, stack)]) is not None
 
 
+def check_layers_can_go(model: nn.Module, stack: str | None = None) -> None:
+    """Refuses models whose config keeps any layer from being removed.
+
+    Args:
+        model (`nn.Module`): A Transformers model, wrapped or not.
+        stack (`str`, *optional*): Which stack, for models with more than one.
+
+    Raises:
+        ValueError: if `keep_layers_` would refuse to drop any layer.
+    """
+    model = unwrap(model)
+    _check_requirements(model.config, find_stacks(model)[check_stack(model, stack)])
+
+
 def update_config_(model: nn.Module) -> bool:
     """Write into the config what the live widths allow, after heads, neurons or layers were cut.
 
@@ -212,7 +226,7 @@ def _keep_bias_heads_(owner: nn.Module, bias: PositionBias, kept: list[int]) -> 
         setattr(owner, bias.head_count, len(kept))
 
 
-def _check_layers(config: Any, layout: StackLayout, kept: list[int]) -> None:
+def _check_requirements(config: Any, layout: StackLayout) -> None:
     for requirement in layout.layers_require:
         value = getattr(config, requirement.key, requirement.value)
         if value != requirement.value:
@@ -220,6 +234,10 @@ def _check_layers(config: Any, layout: StackLayout, kept: list[int]) -> None:
                 f"Layers cannot be removed with {requirement.key}={value!r}: {requirement.reason}. "
                 f"Use a checkpoint with {requirement.key}={requirement.value!r}."
             )
+
+
+def _check_layers(config: Any, layout: StackLayout, kept: list[int]) -> None:
+    _check_requirements(config, layout)
     reason = _first_stays(config, layout)
     if reason is not None and kept[0] != 0:
         raise ValueError(

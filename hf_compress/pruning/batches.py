@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_compress.modeling.tasks import forward_columns, unwrap
+from hf_compress.modeling.tasks import IGNORED, forward_columns, unwrap
 
 logger = logging.getLogger(__name__)
 
 Batch = dict[str, torch.Tensor]
 TARGETS = ("labels", "start_positions", "end_positions")
+_INPUTS = ("input_ids", "inputs_embeds", "pixel_values")
 
 
 def read_batches(model: nn.Module, data: Iterable[Mapping[str, Any]], with_labels: bool = False) -> list[Batch]:
@@ -60,6 +61,8 @@ def _read_batch(model: nn.Module, batch: Any, wanted: set[str]) -> Batch:
     if model.config.is_encoder_decoder and "decoder_input_ids" not in read and "labels" in read:
         if hasattr(model, "prepare_decoder_input_ids_from_labels"):
             read["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=read["labels"])
+            # Position i of the decoder predicts label i; where there is none, it reads padding.
+            read.setdefault("decoder_attention_mask", (read["labels"] != IGNORED).long())
     if "input_ids" in read and "attention_mask" not in read:
         _check_unmasked(model, read["input_ids"])
     return read
@@ -83,28 +86,16 @@ def token_mask(batch: Mapping[str, torch.Tensor], stack: str, length: int | None
         length (`int`, *optional*): The length that the stack really sees, where no column tells (images).
 
     Returns:
-        `torch.Tensor`: Booleans, shape (batch, length).
+        `torch.Tensor`: Booleans, shape (rows, length); of several choices per question, each is a row of its own.
     """
     is_second = stack == "decoder" and "decoder_input_ids" in batch
     name = "decoder_attention_mask" if is_second else "attention_mask"
     if name in batch:
-        return batch[name] != 0
-    first = batch["decoder_input_ids"] if is_second else next(iter(batch.values()))
-    return torch.ones(first.shape[0], length or first.shape[1], dtype=torch.bool, device=first.device)
-
-
-def text_length(batches: Iterable[Mapping[str, torch.Tensor]], stack: str) -> tuple[float, float]:
-    """The mean length of texts, and the mean number of tokens of the text that a token is in.
-
-    Args:
-        batches (`Iterable[Mapping[str, torch.Tensor]]`): Inputs.
-        stack (`str`): `"encoder"` or `"decoder"`.
-
-    Returns:
-        `tuple[float, float]`: Mean of T, and mean of T^2 over mean of T, for T real tokens.
-    """
-    lengths = torch.cat([token_mask(batch, stack).sum(1) for batch in batches]).double()
-    return lengths.mean().item(), (lengths.square().mean() / lengths.mean()).item()
+        return (batch[name] != 0).flatten(0, -2)
+    first = batch["decoder_input_ids"] if is_second else next(batch[name] for name in _INPUTS if name in batch)
+    # Of embeddings and images, the second axis; that of images is no length, and `length` has to tell.
+    rows, seen = first.shape[:2] if first.is_floating_point() else (first.shape[:-1].numel(), first.shape[-1])
+    return torch.ones(rows, length or seen, dtype=torch.bool, device=first.device)
 
 
 def warn_of_few_tokens(batches: Sequence[Batch], stack: str, widest: int, consequence: str) -> None:

@@ -1,7 +1,7 @@
 """What calibration data say about a model's units: in which order they go, and what that costs."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from hf_compress.modeling.tasks import unwrap
 from hf_compress.pruning import scores
 from hf_compress.pruning.batches import Batch, check_finite, median_batch, read_batches, token_mask
 from hf_compress.pruning.config import BLIND_SCORES, StructuredPruningConfig
+from hf_compress.pruning.costs import measure_lengths
 from hf_compress.pruning.latency import LatencyTable, measure_latency_table
 from hf_compress.pruning.obs import Removal, removal_curve
 from hf_compress.pruning.repair import Moments
@@ -37,12 +38,14 @@ class Calibration:
         removals (`dict[str, Removal]`): By site, the order in which its units go and what that costs.
         config (`StructuredPruningConfig`): What the scores were computed by.
         latency (`LatencyTable`, *optional*): Times at every width, for `cost="latency"`.
+        lengths (`dict[str, torch.Tensor]`): By stack, the real tokens of each text, shape (texts,).
     """
 
     batches: list[Batch]
     removals: dict[str, Removal]
     config: StructuredPruningConfig
     latency: LatencyTable | None = None
+    lengths: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def calibrate(
@@ -62,6 +65,27 @@ def calibrate(
     Raises:
         ValueError: if data are missing or do not fit, or activations are not finite.
     """
+    return score_units(model, gather(model, config, data))
+
+
+def gather(
+    model: nn.Module, config: StructuredPruningConfig, data: Iterable[Mapping[str, Any]] | None = None
+) -> Calibration:
+    """What `calibrate` does first: reads the data, counts tokens, and measures times where they are asked for.
+
+    What units cost is known then, and whether a budget can be met; what they are worth is not.
+
+    Args:
+        model (`nn.Module`): A Transformers model of a known architecture.
+        config (`StructuredPruningConfig`): As for `calibrate`.
+        data (`Iterable[Mapping[str, torch.Tensor]]`, *optional*): As for `calibrate`.
+
+    Returns:
+        `Calibration`: Without removals.
+
+    Raises:
+        ValueError: if data are missing or do not fit.
+    """
     model = unwrap(model)
     if data is None and config.needs_data:
         raise ValueError(
@@ -70,12 +94,29 @@ def calibrate(
             "repair='none'."
         )
     batches = [] if data is None else read_batches(model, data, config.use_labels)
-    blocks = find_blocks(model)
-    sites = find_sites(blocks)
+    sites = find_sites(find_blocks(model))
     latency = _measure_latency(model, sites, batches, config) if config.cost == "latency" else None
-    # Whole layers are tried out, not scored.
-    removals = {} if config.units == ("layers",) else _removals(model, blocks, sites, batches, config)
-    return Calibration(batches, removals, config, latency)
+    return Calibration(batches, {}, config, latency, measure_lengths(model, batches))
+
+
+def score_units(model: nn.Module, gathered: Calibration) -> Calibration:
+    """Scores the heads and neurons of a model.
+
+    Args:
+        model (`nn.Module`): The model.
+        gathered (`Calibration`): What `gather` returned.
+
+    Returns:
+        `Calibration`: With removals, unless only whole layers may go: these are tried out, not scored.
+
+    Raises:
+        ValueError: if activations are not finite.
+    """
+    if gathered.config.units == ("layers",):
+        return gathered
+    model = unwrap(model)
+    blocks = find_blocks(model)
+    return replace(gathered, removals=_removals(model, blocks, find_sites(blocks), gathered.batches, gathered.config))
 
 
 def _measure_latency(model: nn.Module, sites: list[Site], batches: list[Batch], config) -> LatencyTable:

@@ -19,7 +19,7 @@ from hf_compress.modeling.blocks import Block, check_stack, count_layers, find_b
 from hf_compress.modeling.surgery import first_layer_stays
 from hf_compress.modeling.tasks import forward_columns, task_of, unwrap
 from hf_compress.pruning.batches import Batch, token_mask
-from hf_compress.pruning.replay import replaced_forwards, state_of
+from hf_compress.pruning.replay import replaced_forwards, state_of, with_state
 from hf_compress.pruning.sensitivity import OutputKind, frozen, task_outputs
 
 logger = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ def run_without(
 
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         states[module] = state_of(args, kwargs)
-        outputs[module] = _with_state(output, states[module]) if is_removed[module] else output
+        outputs[module] = with_state(output, states[module]) if is_removed[module] else output
         return outputs[module]
 
     with ExitStack() as hooks, torch.no_grad():
@@ -119,7 +119,7 @@ def run_without(
         place = _place_of(blocks, stack, layer)
         forwards = {block.module: partial(_give, outputs[block.module]) for block in blocks[:place]}
         tried = blocks[place].module
-        forwards[tried] = partial(_give, _with_state(outputs[tried], states[tried]))
+        forwards[tried] = partial(_give, with_state(outputs[tried], states[tried]))
         later = (block.module for block in blocks[place + 1 :] if is_removed[block.module])
         forwards |= {module: partial(_pass_by, outputs[module]) for module in later}
         with replaced_forwards(forwards), torch.no_grad():
@@ -263,14 +263,9 @@ def _place_of(blocks: Sequence[Block], stack: str, layer: int) -> int:
     return next(place for place, block in enumerate(blocks) if (block.stack, block.index) == (stack, layer))
 
 
-def _with_state(output: Any, state: torch.Tensor) -> Any:
-    """What a block returns, with other hidden states: what else it hands on to the next ones stays."""
-    return (state, *output[1:]) if isinstance(output, tuple) else state
-
-
 def _give(output: Any, *args: Any, **kwargs: Any) -> Any:
     return output
 
 
 def _pass_by(output: Any, *args: Any, **kwargs: Any) -> Any:
-    return _with_state(output, state_of(args, kwargs))
+    return with_state(output, state_of(args, kwargs))

@@ -32,8 +32,10 @@ class InputMeans:
         """
         tokens = inputs[mask].float()
         self.n_tokens += len(tokens)
-        # Not every accelerator has float64.
-        self._sum = self._sum + self._total(tokens).cpu().double()
+        # A model that is being trained may run under autocast.
+        with torch.autocast(tokens.device.type, enabled=False):
+            # Not every accelerator has float64.
+            self._sum = self._sum + self._total(tokens).cpu().double()
 
     @property
     def mean(self) -> torch.Tensor:

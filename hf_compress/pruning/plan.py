@@ -44,30 +44,83 @@ def total_cost(curves: Sequence[Curve], plan: Plan | None = None) -> float:
     return float(sum(curve.cost[level] for curve, level in zip(curves, levels, strict=True)))
 
 
-def smallest_cost(curves: Sequence[Curve]) -> float:
-    """The cost below which no plan can get."""
-    return float(sum(curve.cost.min() for curve in curves))
-
-
-def check_target(curves: Sequence[Curve], target: float) -> None:
-    """Refuses a target that no plan can meet.
+def smallest_cost(curves: Sequence[Curve], uniform: bool = False) -> float:
+    """The cost below which no plan can get.
 
     Args:
         curves (`Sequence[Curve]`): One per site.
-        target (`float`): The cost that must not be exceeded.
+        uniform (`bool`, *optional*, defaults to `False`): Whether sites of one kind must get the same width.
+
+    Raises:
+        ValueError: if they must, and sites of one kind have no width in common.
+    """
+    if not uniform:
+        return float(sum(curve.cost.min() for curve in curves))
+    least = {kind: widths[0] for kind, widths in common_widths(curves).items()}
+    return float(sum(curve.cost[curve.kept == least[curve.kind]][0] for curve in curves))
+
+
+def common_widths(curves: Sequence[Curve]) -> dict[str, list[int]]:
+    """The widths that all sites of a kind may get.
+
+    Args:
+        curves (`Sequence[Curve]`): One per site.
+
+    Returns:
+        `dict[str, list[int]]`: By kind, rising.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    kinds = sorted({curve.kind for curve in curves})
+    common = {
+        kind: sorted(set.intersection(*(set(curve.kept.tolist()) for curve in curves if curve.kind == kind)))
+        for kind in kinds
+    }
+    if not all(common.values()):
+        raise ValueError("Blocks of unlike widths cannot be cut to one width: leave uniform=False.")
+    return common
+
+
+def check_target(curves: Sequence[Curve], target: float, fixed: float = 0.0, uniform: bool = False) -> None:
+    """Refuses a target that no plan can meet, whatever the errors.
+
+    Args:
+        curves (`Sequence[Curve]`): One per site.
+        target (`float`): The cost that must not be exceeded, `fixed` aside.
+        fixed (`float`, *optional*, defaults to 0.0): What a budget also counts, and nothing can cut.
+        uniform (`bool`, *optional*, defaults to `False`): Whether sites of one kind must get the same width.
 
     Raises:
         ValueError: with the smallest share of the cost that can be met.
     """
-    smallest, whole = smallest_cost(curves), total_cost(curves)
+    smallest, whole = smallest_cost(curves, uniform), total_cost(curves) + fixed
     if target < smallest:
-        # Rounded up, so that typing the figure works.
-        least = np.ceil(1000 * smallest / whole) / 1000
-        raise ValueError(
-            f"A budget of {target / whole:.3f} of the cost cannot be met: with the fewest units that must stay, "
-            f"{smallest / whole:.3f} is left. Give budget={least:g} or more, a smaller multiple_of, or units that may "
-            'go altogether ("layers").'
+        one_width = "one width for all layers and " if uniform else ""
+        remedies = "uniform=False, " if uniform else ""
+        raise budget_error(
+            (target + fixed) / whole,
+            (smallest + fixed) / whole,
+            f"with {one_width}the fewest units that must stay",
+            f'{remedies}a smaller multiple_of, or units that may go altogether ("layers")',
         )
+
+
+def budget_error(budget: float, smallest: float, why: str, remedies: str) -> ValueError:
+    """What is raised where a budget cannot be met.
+
+    Args:
+        budget (`float`): The share of the cost that was asked for.
+        smallest (`float`): The least share that there is.
+        why (`str`): What makes it the least.
+        remedies (`str`): What else could be given.
+    """
+    # Rounded up, so that typing the figure works.
+    least = np.ceil(1000 * smallest) / 1000
+    return ValueError(
+        f"A budget of {budget:.3f} of the cost cannot be met: {why}, {smallest:.3f} is left. Give budget={least:g} or "
+        f"more, {remedies}."
+    )
 
 
 def dynamic_plan(curves: Sequence[Curve], target: float) -> Plan:
@@ -191,21 +244,14 @@ def uniform_plan(curves: Sequence[Curve], target: float) -> Plan:
     Raises:
         ValueError: if the target cannot be met, or sites of one kind have no width in common.
     """
-    kinds = sorted({curve.kind for curve in curves})
-    common = [sorted(set.intersection(*(set(c.kept.tolist()) for c in curves if c.kind == kind))) for kind in kinds]
-    if not all(common):
-        raise ValueError("Blocks of unlike widths cannot be cut to one width: leave uniform=False.")
+    check_target(curves, target, uniform=True)
+    common = common_widths(curves)
     plans = []
-    for widths in product(*common):
-        width = dict(zip(kinds, widths, strict=True))
+    for widths in product(*common.values()):
+        width = dict(zip(common, widths, strict=True))
         plan = tuple(int(np.flatnonzero(c.kept == width[c.kind])[0]) for c in curves)
         if total_cost(curves, plan) <= target:
             plans.append(plan)
-    if not plans:
-        check_target(curves, target)
-        narrowest = dict(zip(kinds, (widths[0] for widths in common), strict=True))
-        least = sum(float(c.cost[c.kept == narrowest[c.kind]][0]) for c in curves) / total_cost(curves)
-        raise ValueError(f"With one width for all layers, a budget below {least:.3f} cannot be met: raise the budget.")
     return min(plans, key=lambda plan: sum(c.error[level] for c, level in zip(curves, plan, strict=True)))
 
 

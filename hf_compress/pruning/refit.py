@@ -1,6 +1,6 @@
 """Repairing a live model after units were chosen to go, from the first block to the last."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -23,12 +23,15 @@ def repair_(
     kept: Mapping[str, torch.Tensor],
     config: StructuredPruningConfig,
     batches: Sequence[Batch],
+    removed: Collection[str] = (),
 ) -> None:
     """Fits the output projections to what the reference gives, from the first block to the last.
 
     Inputs come from the model whose earlier blocks are pruned and repaired already. The target of a part is what the
     reference's residual stream holds after it, less what the model's holds before it, so that later blocks make up for
     what earlier ones could not. Units that go are left in place with weights of 0; `cut_` takes them out.
+
+    Blocks that go as a whole are passed by. The last part before such a gap aims at the residual stream after the gap.
 
     Args:
         model (`nn.Module`): Is changed; no unit is cut yet that `kept` leaves out.
@@ -37,6 +40,7 @@ def repair_(
         kept (`Mapping[str, torch.Tensor]`): By site, indices of the units that stay.
         config (`StructuredPruningConfig`): `repair` and `ridge`.
         batches (`Sequence[dict[str, torch.Tensor]]`): Calibration data.
+        removed (`Collection[str]`, *optional*): Names of the blocks that go, which have weights of their own.
 
     Raises:
         ValueError: if activations are not finite, or a fit is impossible.
@@ -50,20 +54,66 @@ def repair_(
     with frozen(model), frozen(reference), bar:
         dense = Replay(reference, batches, bar.update)
         pruned = Replay(model, batches, bar.update)
-        for block, dense_block in zip(blocks, dense_blocks, strict=True):
-            parts = [part for part in (*block.attentions, block.ffn) if part.name in kept_of]
-            targets = read_targets(dense, dense_block, {part.name for part in parts})
-            dense.finish(dense_block)
+        for run in split_at_kept(zip(blocks, dense_blocks, strict=True), removed):
+            block = run[0][0]
+            stays = block.name not in removed
+            parts = [part for part in (*block.attentions, block.ffn) if stays and part.name in kept_of]
+            targets = follow(dense, [dense_block for _, dense_block in run], parts)
             for part in parts:
+                is_before_gap = part is parts[-1] and len(run) > 1
                 # Up to the first cut there is nothing to make up for.
-                is_changed = is_changed or len(kept_of[part.name]) < count_units(part)
+                is_changed = is_changed or is_before_gap or len(kept_of[part.name]) < count_units(part)
                 if not is_changed:
                     continue
                 moments = Moments()
                 add_moments_(moments, pruned, block, part, targets)
                 check_finite(part.name, moments.xx())
+                check_finite(part.name, moments.xy())
                 refit_(part, kept_of[part.name], moments, config)
-            pruned.finish(block)
+            for each, _ in run:
+                is_changed = is_changed or each.name in removed
+                pruned.finish(each, is_passed_by=each.name in removed)
+
+
+def split_at_kept(blocks: Iterable[tuple[Block, Block]], removed: Collection[str]) -> list[list[tuple[Block, Block]]]:
+    """Each block that stays, with those after it that go; those that go before all others are a run of their own.
+
+    Args:
+        blocks (`Iterable[tuple[Block, Block]]`): Blocks of the model and of the reference, in their order.
+        removed (`Collection[str]`): Names of those that go.
+
+    Returns:
+        `list[list[tuple[Block, Block]]]`: Runs of blocks of one stack.
+    """
+    runs: list[list[tuple[Block, Block]]] = []
+    for block, dense_block in blocks:
+        if block.name in removed and runs and runs[-1][0][0].stack == block.stack:
+            runs[-1].append((block, dense_block))
+        else:
+            runs.append([(block, dense_block)])
+    return runs
+
+
+def follow(dense: Replay, blocks: Sequence[Block], parts: Sequence[Part]) -> dict[tuple[str, int], list[torch.Tensor]]:
+    """Takes the reference through a block and those after it that go, and reads what the block's parts aim at.
+
+    Args:
+        dense (`Replay`): Of the reference.
+        blocks (`Sequence[Block]`): Of the reference; all but the first go.
+        parts (`Sequence[Attention | FFN]`): Of the model's first one, those that may be fitted.
+
+    Returns:
+        `dict[tuple[str, int], list[torch.Tensor]]`: As `read_targets` gives them; the last part aims at the residual
+        stream after the last block.
+    """
+    targets = read_targets(dense, blocks[0], {part.name for part in parts}) if parts else {}
+    dense.finish(blocks[0])
+    for block in blocks[1:]:
+        if parts and block is blocks[-1]:
+            after = read_targets(dense, block, {block.ffn.name})
+            targets |= {(parts[-1].name, number): states for (_, number), states in after.items()}
+        dense.finish(block)
+    return targets
 
 
 def read_targets(dense: Replay, block: Block, names: set[str]) -> dict[tuple[str, int], list[torch.Tensor]]:

@@ -38,8 +38,10 @@ class Moments:
         # Not every accelerator has float64.
         self._x += weighted.sum(0).cpu()
         self._y += (y * weights[:, None]).sum(0).cpu()
-        self._xx += (x.T @ weighted).cpu()
-        self._xy += (weighted.T @ y).cpu()
+        # A model that is being trained may run under autocast.
+        with torch.autocast(x.device.type, enabled=False):
+            self._xx += (x.T @ weighted).cpu()
+            self._xy += (weighted.T @ y).cpu()
 
     def _start(self, x: torch.Tensor, y: torch.Tensor, weights: torch.Tensor) -> None:
         self._origin_x, self._origin_y = ((weights @ values) / weights.sum() for values in (x, y))

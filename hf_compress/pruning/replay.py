@@ -50,21 +50,29 @@ class Replay:
         for number in range(len(self.batches)):
             self._run(number, block, parts, visit)
 
-    def finish(self, block: Block) -> None:
-        """Runs a block as it is now, and keeps what it gave for the next one."""
+    def finish(self, block: Block, is_passed_by: bool = False) -> None:
+        """Runs a block as it is now, and keeps what it gave for the next one.
+
+        Args:
+            block (`Block`): The first one that is not done.
+            is_passed_by (`bool`, *optional*, defaults to `False`): Whether the next one gets the hidden states that
+                this one got, as if it were not there.
+        """
         given = []
         for number in range(len(self.batches)):
-            given.append(self._run(number, block, (), None))
+            given.append(self._run(number, block, (), None, is_passed_by))
             self.progress()
         self._given[block.stack] = given
         self._done.append(block)
 
     @torch.no_grad()
-    def _run(self, number: int, block: Block, parts: Sequence[Part], visit: Callable | None) -> Any:
+    def _run(
+        self, number: int, block: Block, parts: Sequence[Part], visit: Callable | None, is_passed_by: bool = False
+    ) -> Any:
         output: list[Any] = []
 
-        def stop(module: nn.Module, args: Any, result: Any) -> None:
-            output.append(result)
+        def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+            output.append(with_state(result, state_of(args, kwargs)) if is_passed_by else result)
             raise _Reached
 
         with ExitStack() as hooks:
@@ -75,7 +83,7 @@ class Replay:
             if parts:
                 watch_block(block, parts, lambda part, passage: visit(number, part, passage), hooks)
             elif block.repeats == 1:
-                hooks.enter_context(block.module.register_forward_hook(stop))
+                hooks.enter_context(block.module.register_forward_hook(stop, with_kwargs=True))
             try:
                 self.model(**self.batches[number])
             except _Reached:
@@ -139,6 +147,11 @@ def watch_block(
 def state_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
     """The hidden states that a block or projection is called with."""
     return args[0] if args else kwargs["hidden_states"]
+
+
+def with_state(output: Any, state: torch.Tensor) -> Any:
+    """What a block returns, with other hidden states: what else it hands on to the next ones stays."""
+    return (state, *output[1:]) if isinstance(output, tuple) else state
 
 
 @contextmanager

@@ -11,17 +11,17 @@ import torch
 from torch import nn
 
 from hf_compress.checkpoint.widths import read_widths, write_widths_
-from hf_compress.modeling.blocks import count_layers, find_blocks, find_stacks
-from hf_compress.modeling.surgery import keep_layers_
+from hf_compress.modeling.blocks import find_blocks, find_stacks
+from hf_compress.modeling.surgery import check_layers_can_go
 from hf_compress.modeling.tasks import unwrap
 from hf_compress.pruning import plan
 from hf_compress.pruning.batches import median_batch
-from hf_compress.pruning.calibration import Calibration, calibrate
+from hf_compress.pruning.calibration import Calibration, calibrate, gather, score_units
 from hf_compress.pruning.config import StructuredPruningConfig
 from hf_compress.pruning.costs import Costs
 from hf_compress.pruning.cutting import cut_
+from hf_compress.pruning.depth import check_layers_left, prune_layers_
 from hf_compress.pruning.latency import time_forward
-from hf_compress.pruning.layers import choose_layers
 from hf_compress.pruning.refit import repair_
 from hf_compress.pruning.units import Site, allowed_widths, find_sites
 
@@ -44,22 +44,37 @@ def prune_structured_(model: nn.Module, config: StructuredPruningConfig, data: D
     """
     model = unwrap(model)
     check_prunable(model)
-    first = data if isinstance(data, Calibration) else calibrate(model, config, data)
-    check_calibration(first, config)
-    sites = find_sites(find_blocks(model))
-    costs = Costs(config.cost, sites, first.batches, first.latency)
-    whole = costs.total(sites)
+    check_layers(model, config)
+    is_calibrated = isinstance(data, Calibration)
+    first = data if is_calibrated else gather(model, config, data)
+    if is_calibrated:
+        check_calibration(first, config, model)
+    check_budget(model, config, first)
+    first = first if is_calibrated else score_units(model, first)
+    costs, whole = find_costs(model, config, first)
     if config.units == ("layers",):
         prune_layers_(model, config, first, costs)
     else:
         prune_units_(model, config, first, costs)
     write_widths_(model)
-    sites = find_sites(find_blocks(model))
-    left = Costs(config.cost, sites, first.batches, first.latency).total(sites)
+    _, left = find_costs(model, config, first)
     logger.info("%.1f %% of the %s are left: %s", 100 * left / whole, config.cost, read_widths(model))
     if config.cost == "latency":
         measured = time_forward(model, median_batch(first.batches))
         logger.info("%s. Predicted now: %.2f ms, measured: %.2f ms.", first.latency.describe(), left, measured)
+
+
+def find_costs(model: nn.Module, config: StructuredPruningConfig, calibration: Calibration) -> tuple[Costs, float]:
+    """What the sites of a model cost, each and all together.
+
+    Args:
+        model (`nn.Module`): As it is now.
+        config (`StructuredPruningConfig`): What its `cost` counts.
+        calibration (`Calibration`): Lengths of texts, and times.
+    """
+    sites = find_sites(find_blocks(model))
+    costs = Costs(config.cost, sites, calibration.batches, calibration.latency, calibration.lengths)
+    return costs, costs.total(sites)
 
 
 def prune_units_(model: nn.Module, config: StructuredPruningConfig, first: Calibration, costs: Costs) -> None:
@@ -76,45 +91,6 @@ def prune_units_(model: nn.Module, config: StructuredPruningConfig, first: Calib
         if config.repair != "none":
             repair_(model, reference, sites, kept, config, calibration.batches)
         cut_(model, sites, kept)
-
-
-def prune_layers_(model: nn.Module, config: StructuredPruningConfig, calibration: Calibration, costs: Costs) -> None:
-    """Removes whole layers, in each stack down to the budget's share of that stack."""
-    for stack in find_stacks(model):
-        sites = [site for site in find_sites(find_blocks(model)) if site.name.split(".")[0] == stack]
-        allowed = config.budget * costs.total(sites)
-        n_layers = count_layers(model, stack)
-
-        def is_enough(kept: Sequence[int], sites=sites, allowed=allowed, n_layers=n_layers) -> bool:
-            return layers_cost(sites, kept, n_layers, costs, config.cost) <= allowed
-
-        keep_layers_(model, choose_layers(model, calibration.batches, is_enough, stack), stack)
-
-
-def layers_cost(sites: Sequence[Site], kept: Sequence[int], n_layers: int, costs: Costs, kind: str) -> float:
-    """What is left of the cost of a stack with some of its layers.
-
-    Args:
-        sites (`Sequence[Site]`): Of the whole stack.
-        kept (`Sequence[int]`): Indices of the layers that stay.
-        n_layers (`int`): How many there are.
-        costs (`Costs`): Of the whole stack.
-        kind (`str`): What they count.
-
-    Returns:
-        `float`: Their cost.
-    """
-    left = 0.0
-    for site in sites:
-        whole = float(costs.at(site.name, np.array(site.n_units)))
-        _, *place = site.name.split(".")
-        if site.repeats > 1 and kind in ("params", "bytes"):
-            left += whole
-        elif site.repeats > 1 or len(place) == 1:
-            left += whole * len(kept) / n_layers
-        elif int(place[0]) in kept:
-            left += whole
-    return left
 
 
 def check_prunable(model: nn.Module) -> None:
@@ -134,21 +110,72 @@ def check_prunable(model: nn.Module) -> None:
         )
 
 
-def check_calibration(calibration: Calibration, config: StructuredPruningConfig) -> None:
-    """Refuses a calibration whose scores are others than those asked for.
+def check_budget(
+    model: nn.Module, config: StructuredPruningConfig, data: Iterable[Mapping[str, Any]] | Calibration | None = None
+) -> None:
+    """Refuses a budget that no plan can meet; what units are worth does not matter, and is not computed.
+
+    Args:
+        model (`nn.Module`): A Transformers model of a known architecture.
+        config (`StructuredPruningConfig`): The budget, and what may go.
+        data (`Iterable[Mapping[str, torch.Tensor]]` or `Calibration`, *optional*): Whose lengths count. A budget of
+            `cost="latency"` is only checked with a calibration, which holds the times.
+
+    Raises:
+        ValueError: if it cannot be met, with the smallest that can; or no layer of the model can be removed.
+    """
+    model = unwrap(model)
+    check_layers(model, config)
+    if not isinstance(data, Calibration):
+        if config.cost == "latency":
+            return
+        data = gather(model, config, data)
+    costs, whole = find_costs(model, config, data)
+    if config.units == ("layers",):
+        check_layers_left(model, config, costs)
+        return
+    curves = [bare_curve(site, config, costs) for site in find_sites(find_blocks(model))]
+    plan.check_target(curves, config.budget * whole - costs.fixed, costs.fixed, config.uniform)
+
+
+def check_layers(model: nn.Module, config: StructuredPruningConfig) -> None:
+    """Refuses models of which no layer can be removed, where layers are to go.
+
+    Args:
+        model (`nn.Module`): A Transformers model of a known architecture.
+        config (`StructuredPruningConfig`): Whether layers are to go.
+
+    Raises:
+        ValueError: if the config of the model forbids it.
+    """
+    if config.units == ("layers",) and config.budget < 1:
+        for stack in find_stacks(model):
+            check_layers_can_go(model, stack)
+
+
+def check_calibration(calibration: Calibration, config: StructuredPruningConfig, model: nn.Module) -> None:
+    """Refuses a calibration of another model, or whose scores are others than those asked for.
 
     Args:
         calibration (`Calibration`): What `calibrate` returned.
         config (`StructuredPruningConfig`): What is asked for now.
+        model (`nn.Module`): What is to be pruned.
 
     Raises:
-        ValueError: if `score`, `use_labels` or `seed` differ, or data are missing.
+        ValueError: if the model, `score`, `use_labels` or `seed` differ, or data are missing.
     """
     for name in ("score", "use_labels", "seed"):
         then, now = getattr(calibration.config, name), getattr(config, name)
         if then != now:
             raise ValueError(f"The calibration was made with {name}={then!r}, and {name}={now!r} is asked for now: "
                              "call calibrate again with this config.")  # fmt: skip
+    now = {site.name: site.n_units for site in find_sites(find_blocks(model))}
+    then = {name: len(removal.order) for name, removal in calibration.removals.items()}
+    if then and then != now:
+        raise ValueError(
+            f"The calibration is of a model with the widths {then}, and the model to be pruned has {now}: call "
+            "calibrate again with this model."
+        )
     if config.units != ("layers",) and not calibration.removals:
         raise ValueError(
             f"units={config.units} need scores of heads and neurons, which a calibration with units='layers' does not "
@@ -189,6 +216,7 @@ def choose_units(
         ValueError: if the target cannot be met.
     """
     curves = [make_curve(site, config, calibration, costs) for site in sites]
+    plan.check_target(curves, target - costs.fixed, costs.fixed, config.uniform)
     levels = search(curves, target - costs.fixed, config)
     return {
         site.name: calibration.removals[site.name].order[site.n_units - int(curve.kept[level]) :].sort().values
@@ -220,9 +248,23 @@ def make_curve(site: Site, config: StructuredPruningConfig, calibration: Calibra
     Raises:
         ValueError: if `multiple_of` is larger than the site.
     """
+    curve = bare_curve(site, config, costs)
     if site.kind not in config.units:
-        kept = np.array([site.n_units])
-        return plan.Curve(kept, np.zeros(1), costs.at(site.name, kept), site.name)
-    kept = np.array(allowed_widths(site, config.multiple_of, "layers" in config.units))
-    error = calibration.removals[site.name].error.numpy()[site.n_units - kept]
-    return plan.Curve(kept, error, costs.at(site.name, kept), site.kind)
+        return curve
+    return replace(curve, error=calibration.removals[site.name].error.numpy()[site.n_units - curve.kept])
+
+
+def bare_curve(site: Site, config: StructuredPruningConfig, costs: Costs) -> plan.Curve:
+    """Like `make_curve`, as if no removal did any harm.
+
+    Args:
+        site (`Site`): Heads or neurons.
+        config (`StructuredPruningConfig`): Which widths are allowed.
+        costs (`Costs`): What its units cost.
+    """
+    may_be_cut = site.kind in config.units
+    widths = allowed_widths(site, config.multiple_of, "layers" in config.units) if may_be_cut else [site.n_units]
+    kept = np.array(widths)
+    # Sites that stay whole need not agree in a uniform plan.
+    kind = site.kind if may_be_cut else site.name
+    return plan.Curve(kept, np.zeros(len(kept)), costs.at(site.name, kept), kind)

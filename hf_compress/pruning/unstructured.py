@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_compress.checkpoint.sparse import mark_sparse_, sparse_names
 from hf_compress.modeling.projections import write_matrix_
 from hf_compress.modeling.tasks import unwrap
 from hf_compress.pruning.batches import Batch, read_batches, warn_of_few_tokens
@@ -35,7 +36,7 @@ Data = Iterable[Mapping[str, Any]] | Calibration
 
 
 def prune_unstructured_(model: nn.Module, config: UnstructuredPruningConfig, data: Data | None = None) -> None:
-    """Makes weights of the projections inside the blocks 0, in place.
+    """Makes weights of the projections inside the blocks 0, in place; saves of the model leave the zeros out.
 
     Embeddings, task heads, norms, biases and what else is outside of the blocks stay whole, tied weights among them.
     Where all layers share a block, its weights are pruned once, by the inputs of all. Blocks are pruned from the first
@@ -64,17 +65,30 @@ def prune_unstructured_(model: nn.Module, config: UnstructuredPruningConfig, dat
         shares = allocate(model, layers, config, batches)
         for step in range(1, config.steps + 1):
             progress = step / config.steps
-            selections = {name: make_selection(config, share).after(progress) for name, share in shares.items()}
-            if config.ranking == "global":
-                overall = make_selection(config, config.target).after(progress).sparsity
-                found = global_shares(survey(model, layers, config, batches), overall)
-                selections = {name: make_selection(config, share) for name, share in found.items()}
+            selections = make_selections(
+                config,
+                shares,
+                lambda selection, progress=progress: selection.after(progress),
+                lambda: survey(model, layers, config, batches),
+            )
             sweep_(model, layers, config, batches, selections)
-    n_zeros = sum((layer.weight == 0).sum().item() for layer in layers)
+    mark_pruned_(model, layers)
+
+
+def mark_pruned_(model: nn.Module, layers: Sequence[Layer]) -> None:
+    """Has later saves leave out the zeros of layers that have some, beside those that did so before; and logs the sum.
+
+    Args:
+        model (`nn.Module`): The pruned model.
+        layers (`Sequence[Layer]`): What was pruned.
+    """
+    n_zeros = {layer: (layer.weight == 0).sum().item() for layer in layers}
+    sparse = [f"{layer.name}.weight" for layer in layers if n_zeros[layer]]
+    if sparse:
+        mark_sparse_(model, [*sparse_names(model), *sparse])
     n_weights = sum(layer.weight.numel() for layer in layers)
-    logger.info(
-        "%.2f %% of the %d weights of %d projections are 0.", 100 * n_zeros / n_weights, n_weights, len(layers)
-    )
+    share = 100 * sum(n_zeros.values()) / n_weights
+    logger.info("%.2f %% of the %d weights of %d projections are 0.", share, n_weights, len(layers))
 
 
 def read_calibration(
@@ -117,6 +131,29 @@ def make_selection(config: UnstructuredPruningConfig, share: float) -> Selection
     return Selection(share, config.ranking == "row", config.group, config.block)
 
 
+def make_selections(
+    config: UnstructuredPruningConfig,
+    shares: Mapping[str, float],
+    at: Callable[[Selection], Selection],
+    score: Callable[[], Mapping[str, torch.Tensor]],
+) -> dict[str, Selection]:
+    """How the weights of each layer are chosen on the way to its last sparsity.
+
+    Args:
+        config (`UnstructuredPruningConfig`): What is ranked together, and patterns.
+        shares (`Mapping[str, float]`): By layer, from `allocate`.
+        at (`Callable`): Turns the last selection of a layer, or that of all, into the one to be made now.
+        score (`Callable`): Gives the scores by which layers compete, of blocks pooled; called for `scope="global"`.
+
+    Returns:
+        `dict[str, Selection]`: By layer.
+    """
+    if config.ranking != "global":
+        return {name: at(make_selection(config, share)) for name, share in shares.items()}
+    found = global_shares(score(), at(make_selection(config, config.target)).sparsity)
+    return {name: make_selection(config, share) for name, share in found.items()}
+
+
 def allocate(
     model: nn.Module, layers: Sequence[Layer], config: UnstructuredPruningConfig, batches: Sequence[Batch]
 ) -> dict[str, float]:
@@ -152,7 +189,11 @@ def allocate(
 
 
 def survey(
-    model: nn.Module, layers: Sequence[Layer], config: UnstructuredPruningConfig, batches: Sequence[Batch]
+    model: nn.Module,
+    layers: Sequence[Layer],
+    config: UnstructuredPruningConfig,
+    batches: Sequence[Batch],
+    gone: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Scores of all layers of the model as it is, of blocks pooled, to rank them together.
 
@@ -163,6 +204,7 @@ def survey(
         layers (`Sequence[Layer]`): To be pruned.
         config (`UnstructuredPruningConfig`): `score`, `pattern` and `seed`.
         batches (`Sequence[dict[str, torch.Tensor]]`): Calibration data, where scores need them.
+        gone (`Mapping[str, torch.Tensor]`, *optional*): By layer, masks of weights that are to rank lowest.
 
     Returns:
         `dict[str, torch.Tensor]`: By name of the layer.
@@ -179,7 +221,7 @@ def survey(
             for mine, means in walk(model, layers, batches, _total(config), "Scoring weights")
             for layer in mine
         ]
-    return {layer.name: pool(scores.float(), config.block) for layer, scores in found}
+    return {layer.name: pool(_lower(layer, scores.float(), gone), config.block) for layer, scores in found}
 
 
 def sweep_(
@@ -188,7 +230,8 @@ def sweep_(
     config: UnstructuredPruningConfig,
     batches: Sequence[Batch],
     selections: Mapping[str, Selection],
-) -> None:
+    gone: Mapping[str, torch.Tensor] | None = None,
+) -> dict[str, torch.Tensor]:
     """Prunes all layers once, in place, each by what it reads after those before it were pruned.
 
     Args:
@@ -197,24 +240,43 @@ def sweep_(
         config (`UnstructuredPruningConfig`): `score` and what belongs to it.
         batches (`Sequence[dict[str, torch.Tensor]]`): Calibration data, where scores need them.
         selections (`Mapping[str, Selection]`): By layer, how many weights go, those that are 0 already included.
+        gone (`Mapping[str, torch.Tensor]`, *optional*): By layer, masks of weights that go before all others. Not for
+            `"sparsegpt"`, which makes up for what goes with weights that were 0, and chooses among all.
+
+    Returns:
+        `dict[str, torch.Tensor]`: By layer, the mask of what went, of shape (outputs, inputs).
 
     Raises:
         ValueError: if data never reach a layer or are not finite, or a Hessian cannot be inverted.
     """
+    masks: dict[str, torch.Tensor] = {}
+
+    def zero_(layer: Layer, scores: torch.Tensor) -> None:
+        masks[layer.name] = selections[layer.name].mask(_lower(layer, scores, gone))
+        write_matrix_(layer.module, layer.weight.masked_fill(masks[layer.name], 0))
+
     if config.score not in DATA_SCORES:
         generator = torch.Generator().manual_seed(config.seed)
         for layer in layers:
-            scores = blind_scores(layer.weight, config.score, generator)
-            _zero_(layer, scores, selections[layer.name])
-        return
+            zero_(layer, blind_scores(layer.weight, config.score, generator))
+        return masks
     for mine, means in walk(model, layers, batches, _total(config), "Pruning weights"):
         for layer in mine:
             selection = selections[layer.name]
             if config.score == "wanda":
-                _zero_(layer, wanda_scores(layer.weight, means[layer].mean), selection)
-            elif not selection.is_empty:
+                zero_(layer, wanda_scores(layer.weight, means[layer].mean))
+            elif selection.is_empty:
+                masks[layer.name] = torch.zeros_like(layer.weight, dtype=torch.bool)
+            else:
                 factor = _factor(layer, means[layer], config)
-                write_matrix_(layer.module, prune_compensated(layer.weight, factor, selection, config.sweep_width))
+                left = prune_compensated(layer.weight, factor, selection, config.sweep_width)
+                write_matrix_(layer.module, left)
+                masks[layer.name] = left == 0
+    return masks
+
+
+def _lower(layer: Layer, scores: torch.Tensor, gone: Mapping[str, torch.Tensor] | None) -> torch.Tensor:
+    return scores if gone is None else scores.masked_fill(gone[layer.name], -torch.inf)
 
 
 def _total(config: UnstructuredPruningConfig) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -234,10 +296,6 @@ def _relative_scores(layer: Layer, means: InputMeans, config: UnstructuredPrunin
     costs = removal_costs(layer.weight, _factor(layer, means, config))
     outputs = ((layer.weight.cpu().double() @ means.mean) * layer.weight.cpu()).sum()
     return costs / max(outputs.item(), torch.finfo(costs.dtype).tiny)
-
-
-def _zero_(layer: Layer, scores: torch.Tensor, selection: Selection) -> None:
-    write_matrix_(layer.module, layer.weight.masked_fill(selection.mask(scores), 0))
 
 
 def measure_sparsity(

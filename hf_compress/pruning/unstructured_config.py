@@ -30,7 +30,7 @@ class UnstructuredPruningConfig:
             "help": "How weights are ranked: 'sparsegpt' (what their removal costs once the others made up for it, "
             "which they do; Frantar and Alistarh 2023), 'wanda' (|weight| times the norm of its input; Sun et al. "
             "2024), 'magnitude' or 'l1' (absolute value; of a block the sum), 'l2' (of a block the Euclidean norm), "
-            "'random', 'movement' (grows in training, see the callback)."
+            "'random', 'movement' (learned in a training, by PruningCallback alone; Sanh et al. 2020)."
         },
     )
     scope: WeightScope | None = field(
@@ -45,15 +45,15 @@ class UnstructuredPruningConfig:
         default=None,
         metadata={
             "help": "'n:m', such as '2:4' or '4:8', leaves n of each m weights side by side along the inputs; (rows, "
-            "columns) makes whole blocks 0, with rows along the outputs. Without it, single weights go."
+            "columns), or '32x1', makes whole blocks 0, with rows along the outputs. Without it, single weights go."
         },
     )
     allocation: str | Mapping[str, float] = field(
         default="uniform",
         metadata={
             "help": "Sparsities of the layers: 'uniform'; 'owl' (blocks with many outliers keep more; Yin et al. "
-            "2024); or by name, as in {'.*layer.0': 0.3}: the first pattern that matches counts, other layers have "
-            "`sparsity`. Names match as in `exclude`."
+            "2024); or by name, as in {'.*layer.0': 0.3}, on a command line '.*layer.0=0.3': the first pattern that "
+            "matches counts, other layers have `sparsity`. Names match as in `exclude`."
         },
     )
     steps: int = field(
@@ -106,8 +106,7 @@ class UnstructuredPruningConfig:
             if getattr(self, name) not in choices:
                 given = getattr(self, name)
                 raise ValueError(f"{name}={given!r} is unknown: give one of {', '.join(map(repr, choices))}.")
-        if isinstance(self.pattern, list):
-            self.pattern = tuple(self.pattern)
+        self.pattern = _read_pattern(self.pattern)
         self.exclude = (self.exclude,) if isinstance(self.exclude, str) else tuple(self.exclude)
         self._check_pattern()
         self._check_shares()
@@ -150,7 +149,7 @@ class UnstructuredPruningConfig:
             if not found or not 1 <= int(found[1]) <= int(found[2]):
                 raise ValueError(
                     f"pattern={pattern!r} is no n:m pattern: n of each m weights stay, so give 1 <= n <= m, as in "
-                    "'2:4'."
+                    "'2:4'; or '32x1' for blocks of 32 rows and 1 column."
                 )
         elif len(pattern) != 2 or not all(type(size) is int and size >= 1 for size in pattern):
             raise ValueError(
@@ -199,6 +198,13 @@ class UnstructuredPruningConfig:
                 f"score={self.score!r} does not change from round to round, so steps={self.steps} would give what one "
                 "gives: leave steps=1, or take score='sparsegpt'."
             )
+
+
+def _read_pattern(pattern: str | Sequence[int] | None) -> str | tuple[int, ...] | None:
+    if isinstance(pattern, str):
+        sizes = re.fullmatch(r"(\d+)x(\d+)", pattern)
+        return (int(sizes[1]), int(sizes[2])) if sizes else pattern
+    return tuple(pattern) if isinstance(pattern, list) else pattern
 
 
 _CHOICES = {

@@ -1,6 +1,7 @@
 """How weights and activations are rounded: one config for each number format."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 
 @dataclass
@@ -17,3 +18,128 @@ class Int8DynamicConfig:
         default=(), metadata={"help": "Modules that stay in floating point, besides the task head: names or patterns."}
     )
     embeddings: bool = field(default=False, metadata={"help": "Whether tables of embeddings are rounded too."})
+
+
+@dataclass
+class BinaryConfig:
+    """Weights of one bit, -1 or +1 times a scale per output channel, for models that were trained for it.
+
+    Args:
+        weights (`Literal[1]`, *optional*, defaults to 1): Bits of a weight.
+        activations (`Literal[1, 2, 4, 8, 32]`, *optional*, defaults to 1): Bits of an input; 32 leaves inputs in
+            floating point. One bit stands for -1 and +1, or for 0 and 1 where that loses less.
+        exclude (`tuple[str, ...]`, *optional*): Modules that stay in floating point, besides the task head and the
+            embeddings: dotted names of modules, or of what they are in, or regular expressions for such names.
+
+    Raises:
+        ValueError: if the bits are none of these.
+    """
+
+    weights: Literal[1] = field(default=1, metadata={"help": "Bits of a weight: 1."})
+    activations: Literal[1, 2, 4, 8, 32] = field(
+        default=1, metadata={"help": "Bits of an input: 1, 2, 4 or 8, or 32 for floating point."}
+    )
+    exclude: tuple[str, ...] = field(
+        default=(),
+        metadata={"help": "Modules that stay in floating point, besides task head and embeddings: names or patterns."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.weights != 1:
+            raise ValueError(
+                f"weights={self.weights} bits are not binary: give weights=1, or take FixedPointConfig for more."
+            )
+        if self.activations not in (1, 2, 4, 8, 32):
+            raise ValueError(f"activations={self.activations} bits are not known: give 1, 2, 4, 8 or 32.")
+
+
+@dataclass
+class FloatConfig:
+    """Floating-point numbers of 16 bits.
+
+    Args:
+        dtype (`Literal["bf16", "fp16"]`, *optional*, defaults to `"bf16"`): bfloat16, with the range of float32, or
+            float16, with three more bits of precision.
+
+    Raises:
+        ValueError: if the dtype is none of these.
+    """
+
+    dtype: Literal["bf16", "fp16"] = field(
+        default="bf16", metadata={"help": "bf16, with the range of float32, or fp16, with more precision."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("bf16", "fp16"):
+            raise ValueError(f"dtype={self.dtype!r} is no 16-bit type that models are cast to: give 'bf16' or 'fp16'.")
+
+
+@dataclass
+class FixedPointConfig:
+    """Integers of 2 to 16 bits times a step; with `power_of_two`, numbers with so many bits after the binary point.
+
+    Args:
+        bits (`int`, *optional*, defaults to 8): Bits of a weight, 2 to 16.
+        symmetric (`bool`, *optional*, defaults to `True`): Whether ranges are the same on both sides of zero;
+            otherwise they have zero points.
+        granularity (`Literal["per_channel", "per_tensor", "group"]`, *optional*, defaults to `"per_channel"`): Which
+            weights share a step: those of one output, all, or `group_size` neighbours of one output.
+        group_size (`int`, *optional*, defaults to 32): Weights per group; the last one of a row may be shorter.
+        power_of_two (`bool`, *optional*, defaults to `False`): Whether steps are powers of two.
+        activations (`int`, *optional*): Bits of the inputs of projections, 4 to 16, with ranges measured once on
+            data; without it, they stay in floating point.
+        ranges (`Literal["minmax", "percentile", "mse"]`, *optional*, defaults to `"minmax"`): What steps cover.
+        percentile (`float`, *optional*, defaults to 99.9): Share in percent that `"percentile"` covers on each side.
+        embeddings (`bool`, *optional*, defaults to `True`): Whether tables of embeddings are rounded too.
+        exclude (`tuple[str, ...]`, *optional*): Modules that stay in floating point, besides the task head.
+
+    Raises:
+        ValueError: if a number is out of range, or a name is unknown.
+    """
+
+    bits: int = field(default=8, metadata={"help": "Bits of a weight, 2 to 16."})
+    symmetric: bool = field(
+        default=True, metadata={"help": "Whether ranges are the same on both sides of zero; else with zero points."}
+    )
+    granularity: Literal["per_channel", "per_tensor", "group"] = field(
+        default="per_channel",
+        metadata={"help": "Which weights share a step: those of one output, all, or neighbours of one output."},
+    )
+    group_size: int = field(
+        default=32, metadata={"help": "Weights per group, from 2, for granularity 'group'; the last may be shorter."}
+    )
+    power_of_two: bool = field(default=False, metadata={"help": "Whether steps are powers of two: fraction bits."})
+    activations: int | None = field(
+        default=None,
+        metadata={"help": "Bits of the inputs of projections, 4 to 16, with ranges from data; None: floating point."},
+    )
+    ranges: Literal["minmax", "percentile", "mse"] = field(
+        default="minmax",
+        metadata={
+            "help": "What steps cover, of weights and inputs: all, 'percentile' (groups of weights: all), or what "
+            "gives the least squared error."
+        },
+    )
+    percentile: float = field(
+        default=99.9, metadata={"help": "Share in percent that ranges='percentile' covers on each side, above 50."}
+    )
+    embeddings: bool = field(default=True, metadata={"help": "Whether tables of embeddings are rounded too."})
+    exclude: tuple[str, ...] = field(
+        default=(), metadata={"help": "Modules that stay in floating point, besides the task head: names or patterns."}
+    )
+
+    def __post_init__(self) -> None:
+        if type(self.bits) is not int or not 2 <= self.bits <= 16:
+            raise ValueError(f"bits={self.bits} are no fixed-point format: give 2 to 16, or BinaryConfig for one bit.")
+        if self.activations is not None and (type(self.activations) is not int or not 4 <= self.activations <= 16):
+            raise ValueError(f"activations={self.activations} bits cannot be had: give 4 to 16, or None for floats.")
+        if self.granularity not in ("per_channel", "per_tensor", "group"):
+            raise ValueError(
+                f"granularity={self.granularity!r} is unknown: give 'per_channel', 'per_tensor' or 'group'."
+            )
+        if type(self.group_size) is not int or self.group_size < 2:
+            raise ValueError(f"group_size={self.group_size} is no size of groups: give a whole number from 2, 32 say.")
+        if self.ranges not in ("minmax", "percentile", "mse"):
+            raise ValueError(f"ranges={self.ranges!r} are unknown: give 'minmax', 'percentile' or 'mse'.")
+        if not 50 < self.percentile <= 100:
+            raise ValueError(f"percentile={self.percentile} must be above 50 and at most 100: give 99.9, say.")

@@ -13,7 +13,7 @@ from hf_compress.checkpoint.quantizer import CompressionQuantizer
 from hf_compress.checkpoint.sparse import sparse_names, write_config_
 from hf_compress.checkpoint.widths import write_widths_
 from hf_compress.formats.packed import PackedModule
-from hf_compress.modeling.blocks import task_head_names
+from hf_compress.modeling.blocks import embedding_names, lookup_tables, task_head_names
 from hf_compress.modeling.surgery import configs
 
 logger = logging.getLogger(__name__)
@@ -40,9 +40,11 @@ def choose_modules(
             nothing is left.
     """
     check_float(model)
-    kinds = (nn.Linear, Conv1D, nn.Embedding) if embeddings else (nn.Linear, Conv1D)
+    tables = _tables(model) if embeddings else {}
     found = {
-        name: module for name, module in model.named_modules() if isinstance(module, kinds) and module.weight.numel()
+        name: module
+        for name, module in model.named_modules()
+        if (isinstance(module, nn.Linear | Conv1D) or name in tables) and module.weight.numel()
     }
     heads = [name for name in found if any(_is_in(name, head) for head in task_head_names(model))]
     excluded = {name for pattern in exclude for name in _matches(found, pattern)}
@@ -129,6 +131,20 @@ def _matches(names: Mapping[str, nn.Module], pattern: str) -> list[str]:
             f"the dotted name of one, such as {next(iter(names))!r}, or a regular expression for whole names."
         )
     return found
+
+
+def _tables(model: PreTrainedModel) -> dict[str, nn.Embedding]:
+    """Tables of which each has a weight of its own: a module in a number format shares its numbers with no other."""
+    tables = lookup_tables(model)
+    stay = [name for name in embedding_names(model) if name not in tables]
+    stay += [name for name in tables if _shared_outside(model, [name])]
+    if stay:
+        logger.info(
+            "Embeddings that are tied to each other or to a task head, or computed by a class of their own, stay in "
+            "floating point: %s.",
+            ", ".join(stay),
+        )
+    return {name: table for name, table in tables.items() if name not in stay}
 
 
 def _shared_outside(model: PreTrainedModel, names: Sequence[str]) -> set[str]:

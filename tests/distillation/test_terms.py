@@ -10,7 +10,9 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from hf_compress import DistillationArguments, StageConfig, TermConfig
 from hf_compress.distillation.inner_terms import plan_terms
+from hf_compress.modeling.blocks import find_blocks
 from hf_compress.modeling.layouts import LAYOUTS
+from hf_compress.modeling.removal import remove_attention_
 from tests.distillation import tiny
 from tests.distillation.tiny import GradientRecorder, make_trainer, relative_difference, tiny_model, tiny_rows
 from tests.modeling import tiny as architectures
@@ -144,6 +146,24 @@ def test_every_architecture_gives_hidden_states_and_relations(model_type):
     if not has_maps:
         with pytest.raises(ValueError, match="do not follow from its queries and keys alone"):
             plan_terms([TermConfig(kind="attention_kl")], student, [teacher])
+
+
+@pytest.mark.parametrize("kind", ["attention_kl", "attention_mse", "relations"])
+def test_a_layer_without_attention_is_refused(kind):
+    teacher, student = (architectures.tiny_model("bert") for _ in range(2))
+    remove_attention_(find_blocks(student)[1].attention)
+    remove_attention_(find_blocks(teacher)[2].attention)
+
+    def plan(layers):
+        return plan_terms([TermConfig(kind=kind, layers=layers)], student, [teacher])
+
+    where = "layer 2 of the student's encoder and layer 3 of the teacher's encoder"
+    with pytest.raises(ValueError, match=rf"{kind} .* none in {where}, .* layers=\[\[1, 1\]\]\."):
+        plan("uniform")
+    with pytest.raises(ValueError, match="other layers, or kind='hidden_mse'"):
+        plan([[2, 1]])
+    assert plan([[1, 1], [3, 2]])
+    assert plan_terms([TermConfig(kind="hidden_mse")], student, [teacher])
 
 
 def test_projections_are_trained_clipped_saved_and_resumed(tmp_path):

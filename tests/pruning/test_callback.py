@@ -2,12 +2,11 @@ import logging
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
+from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 import hf_compress as hc
 from hf_compress.checkpoint.widths import read_widths
 from hf_compress.modeling.blocks import find_blocks
-from hf_compress.pruning.callback import cubic_budget
 from hf_compress.pruning.costs import Costs
 from hf_compress.pruning.units import find_sites
 from tests.modeling.tiny import difference, predict, tiny_batch, tiny_model
@@ -44,12 +43,6 @@ def trainer(folder, callback, model=None, distilled=False, **values):
         return hc.DistillationTrainer(model, args, teacher=classifier(), train_dataset=ROWS, callbacks=[callback])
     args = TrainingArguments(str(folder), **settings, **common)
     return Trainer(model, args, train_dataset=ROWS, callbacks=[callback])
-
-
-def test_the_schedule_is_cubic():
-    assert cubic_budget(0, 0.2) == 1
-    assert cubic_budget(1, 0.2) == cubic_budget(2, 0.2) == pytest.approx(0.2)
-    assert cubic_budget(0.5, 0.2) == pytest.approx(0.2 + 0.8 / 8)
 
 
 @pytest.mark.parametrize("distilled", [False, True])
@@ -117,6 +110,25 @@ def test_what_is_off_stays_off_and_a_resumed_run_ends_alike(tmp_path):
         assert torch.equal(one, other), name
 
 
+@pytest.mark.parametrize("schedule", ["constant", "linear"])
+def test_every_schedule_reaches_the_budget(schedule, tmp_path):
+    callback = hc.PruningCallback(config(score="l2"), schedule=schedule)
+    run = trainer(tmp_path, callback)
+    run.train()
+    assert macs(run.model, callback._batches) / macs(classifier(), callback._batches) <= 0.5
+
+
+def test_a_training_that_ends_early_says_what_is_missing(tmp_path, caplog):
+    class StopEarly(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = True
+
+    run = trainer(tmp_path, hc.PruningCallback(config(score="l2")))
+    run.add_callback(StopEarly())
+    run.train()
+    assert "ended after 1 of 12 steps, and the last update would have been before step 7" in caplog.text
+
+
 def test_a_best_model_from_before_the_end_is_doubtful(tmp_path, caplog):
     model = classifier()
     args = TrainingArguments(
@@ -124,7 +136,12 @@ def test_a_best_model_from_before_the_end_is_doubtful(tmp_path, caplog):
     )
     with caplog.at_level(logging.WARNING, "hf_compress"):
         hc.PruningCallback(config()).on_train_begin(
-            args, None, None, model=model, train_dataloader=[tiny_batch(model)]
+            args,
+            TrainerState(max_steps=10),
+            None,
+            model=model,
+            optimizer=None,
+            train_dataloader=[tiny_batch(model)],
         )
     assert "load_best_model_at_end may bring back weights" in caplog.text
 
@@ -134,6 +151,7 @@ def test_a_best_model_from_before_the_end_is_doubtful(tmp_path, caplog):
     [
         ({}, {"begin": 0.7, "end": 0.2}, "begin=0.7 and end=0.2"),
         ({}, {"n_updates": 0}, "n_updates=0"),
+        ({}, {"schedule": "cosine"}, "schedule='cosine' is unknown: give one of 'constant', 'linear', 'cubic'"),
         ({"steps": 2}, {}, "steps=2"),
         ({"cost": "latency"}, {}, "cost='latency'"),
     ],
@@ -141,3 +159,10 @@ def test_a_best_model_from_before_the_end_is_doubtful(tmp_path, caplog):
 def test_a_schedule_that_makes_no_sense_is_refused(settings, values, message):
     with pytest.raises(ValueError, match=message):
         hc.PruningCallback(config(**settings), **values)
+
+
+def test_a_config_of_another_kind_is_refused():
+    with pytest.raises(
+        TypeError, match="A VocabularyPruningConfig does not say what to prune: give one of Structured"
+    ):
+        hc.PruningCallback(hc.VocabularyPruningConfig())

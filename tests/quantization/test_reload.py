@@ -7,11 +7,16 @@ import torch
 
 from hf_compress.modeling.blocks import find_blocks
 from hf_compress.modeling.surgery import keep_neurons_
-from hf_compress.quantization.config import Int8DynamicConfig
+from hf_compress.quantization.config import BinaryConfig, FixedPointConfig, Int8DynamicConfig
 from hf_compress.quantization.quantize import quantize
 from tests.modeling.tiny import MODEL_TYPES, difference, predict, tiny_batch, tiny_model
 
-CONFIGS = {"int8": Int8DynamicConfig()}
+CONFIGS = {
+    "binary": BinaryConfig(activations=32),
+    "int8": Int8DynamicConfig(),
+    "fixed_point_4": FixedPointConfig(bits=4, granularity="group"),
+    "fixed_point_16": FixedPointConfig(bits=16, granularity="per_tensor", power_of_two=True),
+}
 
 
 def prune_unevenly_(model) -> None:

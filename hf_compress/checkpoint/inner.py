@@ -1,0 +1,110 @@
+"""The quantizer of another library that works inside ours: one model can have one quantizer alone."""
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from transformers.core_model_loading import WeightConverter
+from transformers.quantizers import AutoHfQuantizer, HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_CAST_LOGGER = "bitsandbytes.autograd._functions"
+_CAST_MESSAGE = "MatMul8bitLt: inputs will be cast from"
+
+
+class NoInner(HfQuantizer):
+    """Stands for no other library: a quantizer that does nothing."""
+
+    def is_serializable(self) -> bool:
+        """Always."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Always."""
+        return True
+
+
+def inner_quantizer(config: QuantizationConfigMixin, inner: dict[str, Any] | None) -> HfQuantizer:
+    """The quantizer that the hooks of ours are passed on to.
+
+    Args:
+        config (`QuantizationConfigMixin`): Our own config.
+        inner (`dict[str, Any]`, *optional*): As in `CompressionConfig.inner`.
+
+    Returns:
+        `HfQuantizer`: For weights that are quantized already.
+
+    Raises:
+        ValueError: if Transformers knows no such quantizer.
+    """
+    if inner is None:
+        return NoInner(config)
+    return AutoHfQuantizer.from_config(inner, pre_quantized=True)
+
+
+def make_safe_(model: "PreTrainedModel", inner: HfQuantizer) -> None:
+    """Replaces modules of another library whose state is not safe after an inference by ones that compute the same.
+
+    Args:
+        model (`PreTrainedModel`): Is changed; it may be a skeleton.
+        inner (`HfQuantizer`): The other library's quantizer.
+    """
+    if inner.quantization_config.quant_method == QuantizationMethod.BITS_AND_BYTES:
+        # Imported here because bitsandbytes takes seconds, and may be missing.
+        from hf_compress.formats.linear4bit import make_exact_
+
+        make_exact_(model)
+
+
+def mark_inner_(model: "PreTrainedModel", inner: HfQuantizer) -> None:
+    """Gives a model what the other library is known by, and takes from it what would keep it from being saved.
+
+    Args:
+        model (`PreTrainedModel`): Has its weights.
+        inner (`HfQuantizer`): The other library's quantizer.
+    """
+    if isinstance(inner, NoInner):
+        return
+    inner._process_model_after_weight_loading(model)
+    # By its method, Transformers knows which casts and moves of the model it has to refuse.
+    model.quantization_method = inner.quantization_config.quant_method
+    if inner.quantization_config.quant_method == QuantizationMethod.BITS_AND_BYTES:
+        _log_casts_once()
+        # The modules save their own tensors. Transformers would first undo what it did to load them, which for
+        # bitsandbytes is not implemented, so that what was loaded could not be saved any more.
+        operations = tuple(inner.get_load_operations().values())
+        if "_weight_conversions" in vars(model):
+            conversions = model._weight_conversions
+            model._weight_conversions = [known for known in conversions if not _is_one_of(known, operations)]
+
+
+def _is_one_of(conversion: Any, operations: tuple[type, ...]) -> bool:
+    return isinstance(conversion, WeightConverter) and isinstance(conversion.operations[0], operations)
+
+
+class _OncePerDtype(logging.Filter):
+    """Lets a message of bitsandbytes pass once for each dtype: it comes from every layer in every forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[Any] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if not isinstance(record.msg, str) or not record.msg.startswith(_CAST_MESSAGE):
+            return True
+        is_new = record.args not in self._seen
+        self._seen.add(record.args)
+        return is_new
+
+
+def _log_casts_once() -> None:
+    """Has bitsandbytes say once, and not in every forward of every layer, that 8-bit products are made from float16.
+
+    All its other messages pass. Calling it again changes nothing.
+    """
+    logger = logging.getLogger(_CAST_LOGGER)
+    if not any(isinstance(known, _OncePerDtype) for known in logger.filters):
+        logger.addFilter(_OncePerDtype())
