@@ -131,7 +131,7 @@ def conditions(arguments: argparse.Namespace) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "clock": arguments.clock,
         "runs": arguments.runs,
-        "int8 kernel": kernel_for("cpu").__name__,
+        "int8 kernel": kernel_for("cpu").name,
         "attention": "sdpa",
         "versions": versions,
     }

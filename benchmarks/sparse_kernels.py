@@ -87,8 +87,7 @@ def measure_cell(weight: torch.Tensor, n_tokens: int, n_runs: int) -> dict[str, 
     formats = [name for name in PACKERS if why_not(name, weight) is None and (name != "sliced" or has_empty)]
     calls = {"dense": partial(functional.linear, x, weight, bias)}
     calls |= {name: partial(PACKERS[name](weight), x, bias) for name in formats}
-    calls["dense"]()
-    first = dict(zip(calls, time_calls(list(calls.values()), weight.device, 0, 1)[0].tolist(), strict=True))
+    first = dict(zip(calls, time_calls(list(calls.values()), weight.device, 1, 1)[0].tolist(), strict=True))
     hopeful = [name for name in calls if name == "dense" or first[name] < HOPELESS * first["dense"]]
     times = np.median(time_calls([calls[name] for name in hopeful], weight.device, 1, n_runs), axis=0)
     # One run has noise, but none that would make such a format the faster one.

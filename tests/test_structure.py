@@ -39,6 +39,7 @@ ALLOWED = {
     "evaluation": BASE,
     "data": {"modeling"},
     "classifiers": BASE | {"evaluation"},
+    "recommend": BASE | {"evaluation", "quantization"},
     "job": CONFIGS,
     "weight_options": CONFIGS,
     "stages": set(),

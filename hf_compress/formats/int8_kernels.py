@@ -1,12 +1,15 @@
 """Products of hidden states with eight-bit weights, by the fastest way that is exact on this machine.
 
-Each way multiplies integers exactly, q_x q_w^T, and gives what `rescale` turns into y = s_x s_w (q_x q_w^T) + b. They
-differ in nothing but speed, so a model predicts the same wherever it runs, up to the rounding of float32.
+All ways round tokens and multiply integers alike, y = (q_x q_w^T) s_x s_w + b, and differ in nothing but speed: a model
+predicts the same wherever it runs, up to the rounding of float32.
 """
 
 import logging
+import threading
+import weakref
 from collections.abc import Callable
 from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import pad
@@ -18,12 +21,33 @@ LARGEST = 127
 _ZERO = 128
 # What FBGEMM writes behind each row of integers, and adds to the range of a row before it divides by it.
 _ROW_TAIL, _ROW_EPSILON = 8, 1e-8
+# Modules may be made, and this file imported, where another device or dtype is the default.
+_FLOAT = {"device": "cpu", "dtype": torch.float32}
+_ROW_LIMITS = torch.tensor([[-_ZERO / LARGEST, 1.0]], **_FLOAT)
+_ROW_EPSILONS = torch.tensor([[0.0, -_ROW_EPSILON]], **_FLOAT)
+# Fewer numbers than this stay in the cache of a processor.
+_FEW = 1 << 16
 
-Multiply = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-"""From tokens in float32, of shape (tokens, inputs), of which there is at least one, to numbers in float32 of shape
-(tokens, outputs) and what those of each token are to be multiplied by, of shape (tokens, 1)."""
-Kernel = Callable[[torch.Tensor, torch.Tensor], Multiply]
-"""One way to multiply: from weights, in int8 of shape (outputs, inputs), and their scales, of shape (outputs,)."""
+Rounded = tuple[torch.Tensor, torch.Tensor]
+"""Integers of some kind, a row per token, and what products of each token are to be multiplied by, (tokens, 1)."""
+Product = Callable[[torch.Tensor], torch.Tensor]
+"""From the integers of tokens to numbers in float32, of shape (tokens, outputs)."""
+
+
+class Kernel(NamedTuple):
+    """One way to multiply.
+
+    Attributes:
+        name (`str`): For messages.
+        round_tokens (`Callable`): From tokens in float32, of shape (tokens, inputs), none of the two 0, to integers
+            and factors.
+        prepare (`Callable`): From weights, in int8 of shape (outputs, inputs), and their scales, of shape (outputs,),
+            to a product. It is called once, and the product often.
+    """
+
+    name: str
+    round_tokens: Callable[[torch.Tensor], Rounded]
+    prepare: Callable[[torch.Tensor, torch.Tensor], Product]
 
 
 def largest_of_rows(rows: torch.Tensor) -> torch.Tensor:
@@ -35,7 +59,9 @@ def largest_of_rows(rows: torch.Tensor) -> torch.Tensor:
     Returns:
         `torch.Tensor`: Of shape (rows, 1).
     """
-    # Two reductions cost a third of one behind `abs`, which writes a copy.
+    # Two operations fewer, but `abs` writes a copy, which of many numbers takes three times as long.
+    if rows.numel() < _FEW:
+        return rows.abs().amax(1, keepdim=True)
     return torch.maximum(rows.amax(1, keepdim=True), rows.amin(1, keepdim=True).neg_())
 
 
@@ -51,6 +77,43 @@ def rescale(numbers: torch.Tensor, factors: torch.Tensor, bias: torch.Tensor | N
         `torch.Tensor`: y, in the place of z.
     """
     return numbers.mul_(factors) if bias is None else torch.addcmul(bias.float(), numbers, factors, out=numbers)
+
+
+class _Last(threading.local):
+    """The hidden states that a thread rounded last."""
+
+    source: Callable[[], Any] = staticmethod(lambda: None)
+    version = 0
+    rounded: Rounded | None = None
+
+
+_last = _Last()
+
+
+def round_once(hidden_states: torch.Tensor, round_: Callable[[torch.Tensor], Rounded]) -> Rounded:
+    """Rounds hidden states, unless they are those of the last call and were not changed since.
+
+    Queries, keys and values are made of the same hidden states. Nothing is kept longer than these.
+
+    Args:
+        hidden_states (`torch.Tensor`): Of any shape.
+        round_ (`Callable`): What rounds them: always the same for tensors on one kind of device.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: Integers and factors.
+    """
+    # Tensors that were made in inference mode do not count their changes.
+    if hidden_states.is_inference() or torch.compiler.is_compiling():
+        return round_(hidden_states)
+    if _last.source() is not hidden_states or _last.version != hidden_states._version:
+        _last.rounded = round_(hidden_states)
+        _last.source, _last.version = weakref.ref(hidden_states, _forget), hidden_states._version
+    return _last.rounded
+
+
+def _forget(source: Callable[[], Any]) -> None:
+    if _last.source is source:
+        _last.rounded = None
 
 
 @cache
@@ -73,8 +136,8 @@ def kernel_for(device_type: str) -> Kernel:
             device_type,
             torch.__version__,
         )
-        return float32
-    logger.info("Products of int8 weights on %s: %s.", device_type, found.__name__)
+        return FLOAT32
+    logger.info("Products of int8 weights on %s: %s.", device_type, found.name)
     return found
 
 
@@ -97,104 +160,87 @@ def is_exact(kernel: Kernel, device_type: str) -> bool:
     weight = count[:n_outputs] * 101 % (2 * LARGEST + 1) - LARGEST
     tokens[:, :2], tokens[:2], weight[:2], tokens[2] = LARGEST, LARGEST, LARGEST, 0
     expected = (tokens.double() @ weight.double().T).float()
+    scales = torch.ones(n_outputs, device=device_type, dtype=torch.float32)
     try:
-        multiply = kernel(weight.to(torch.int8), torch.ones(n_outputs, device=device_type))
+        product = kernel.prepare(weight.to(torch.int8), scales)
         for n in (1, n_tokens):
-            outputs = rescale(*multiply(tokens[:n].float()), None)
+            numbers, factors = kernel.round_tokens(tokens[:n].float())
+            outputs = rescale(product(numbers)[:n], factors, None)
             if not torch.allclose(outputs, expected[:n], rtol=1e-6, atol=1e-3):
                 return False
     except (AttributeError, RuntimeError, TypeError, NotImplementedError) as error:
-        logger.info("%s cannot be used: %s", kernel.__name__, error)
+        logger.info("%s cannot be used: %s", kernel.name, error)
         return False
     return True
 
 
-def onednn_rows(weight: torch.Tensor, scales: torch.Tensor) -> Multiply:
-    """oneDNN's product, where FBGEMM rounds all tokens in one operation; it is made for tables of embeddings.
+def _round_signed(tokens: torch.Tensor) -> Rounded:
+    # Of a row of zeros, the integers may be anything, since their factor is 0.
+    factors = largest_of_rows(tokens).div_(LARGEST)
+    return (tokens / factors).round_().to(torch.int8), factors
 
-    Given the limits of each row, that operation rounds x to (x - lower) 255 / (upper - lower + epsilon), which is
-    x / s + 128 for lower = -128 s and upper = 127 s - epsilon. It writes eight bytes of its own behind each row, so
-    the weights get as many inputs more, all zero.
+
+def _round_unsigned(tokens: torch.Tensor) -> Rounded:
+    numbers, factors = _round_signed(tokens)
+    # The highest bit turned over adds 128.
+    return numbers.view(torch.uint8).bitwise_xor_(_ZERO), factors
+
+
+def _round_unsigned_at_once(tokens: torch.Tensor) -> Rounded:
+    """Rounds by one operation that is made for tables of embeddings, and writes eight bytes more behind each row.
+
+    Given the limits of each row, it rounds x to (x - lower) 255 / (upper - lower + epsilon), which is x / s + 128 for
+    lower = -128 s and upper = 127 s - epsilon. The factors are max |x| = 127 s, which saves an operation.
     """
-    # Tokens are multiplied by max |x| instead of s = max |x| / 127, which saves an operation per pass.
-    product = _onednn_product(pad(weight, (0, _ROW_TAIL)), scales / LARGEST)
-    factors = torch.tensor([[-_ZERO, LARGEST]]) / LARGEST
-    epsilon = torch.tensor([[0.0, -_ROW_EPSILON]])
-    round_rows = torch.ops.quantized.embedding_bag_byte_prepack_with_rowwise_min_max.default
-
-    def multiply(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        largest = largest_of_rows(tokens)
-        return product(round_rows(tokens, torch.addcmul(epsilon, largest, factors))), largest
-
-    return multiply
+    largest = largest_of_rows(tokens)
+    limits = torch.addcmul(_ROW_EPSILONS, largest, _ROW_LIMITS)
+    return torch.ops.quantized.embedding_bag_byte_prepack_with_rowwise_min_max.default(tokens, limits), largest
 
 
-def onednn(weight: torch.Tensor, scales: torch.Tensor) -> Multiply:
-    """oneDNN's product, where tokens are rounded by operations that every PyTorch has."""
-    product = _onednn_product(weight, scales.clone())
-
-    def multiply(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        numbers, factors = _round_rows(tokens)
-        # The highest bit turned over adds 128.
-        return product(numbers.view(torch.uint8).bitwise_xor_(_ZERO)), factors
-
-    return multiply
-
-
-def int_mm(weight: torch.Tensor, scales: torch.Tensor) -> Multiply:
-    """PyTorch's own product of integers."""
-
-    def multiply(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        numbers, factors = _round_rows(tokens)
-        return torch._int_mm(numbers, weight.T).float().mul_(scales), factors
-
-    return multiply
-
-
-def int_mm_padded(weight: torch.Tensor, scales: torch.Tensor) -> Multiply:
-    """The same for cuBLAS, which takes multiples of 8 alone, and more than 16 tokens."""
-    n_outputs, n_inputs = weight.shape
-    more_inputs, more_outputs = -n_inputs % 8, -n_outputs % 8
-    if more_inputs or more_outputs:
-        weight = pad(weight, (0, more_inputs, 0, more_outputs))
-
-    def multiply(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        numbers, factors = _round_rows(tokens)
-        more_tokens = max(17 - len(tokens), 0)
-        if more_inputs or more_tokens:
-            numbers = pad(numbers, (0, more_inputs, 0, more_tokens))
-        products = torch._int_mm(numbers, weight.T)[: len(tokens), :n_outputs]
-        return products.float().mul_(scales), factors
-
-    return multiply
-
-
-def float32(weight: torch.Tensor, scales: torch.Tensor) -> Multiply:
-    """A product of the same integers in floating point: exact up to 24 bits, but slow."""
-
-    def multiply(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        numbers, factors = _round_rows(tokens)
-        return (numbers.float() @ weight.float().T).mul_(scales), factors
-
-    return multiply
-
-
-CANDIDATES: dict[str, tuple[Kernel, ...]] = {"cpu": (onednn_rows, onednn, int_mm), "cuda": (int_mm_padded,)}
-"""By kind of device, what may be there, fastest first."""
-
-
-def _round_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Signed integers and the scales of their rows; those of a row of zeros may be anything, as its scale is 0."""
-    scales = largest_of_rows(rows).div_(LARGEST)
-    return (rows / scales).round_().to(torch.int8), scales
-
-
-def _onednn_product(weight: torch.Tensor, scales: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+def _prepare_onednn(weight: torch.Tensor, scales: torch.Tensor) -> Product:
     packed = torch.ops.onednn.qlinear_prepack.default(weight, None)
-    zeros = torch.zeros(len(weight), dtype=torch.long)
-    product = torch.ops.onednn.qlinear_pointwise.default
+    zeros = torch.zeros(len(weight), dtype=torch.long, device="cpu")
+    scales, product = scales.clone(), torch.ops.onednn.qlinear_pointwise.default
 
     def multiply(numbers: torch.Tensor) -> torch.Tensor:
         return product(numbers, 1.0, _ZERO, packed, scales, zeros, None, 1.0, 0, torch.float32, "none", [], "")
 
     return multiply
+
+
+def _prepare_onednn_rows(weight: torch.Tensor, scales: torch.Tensor) -> Product:
+    # Weights of zero for what stands behind each row of integers.
+    return _prepare_onednn(pad(weight, (0, _ROW_TAIL)), scales / LARGEST)
+
+
+def _prepare_int_mm(weight: torch.Tensor, scales: torch.Tensor) -> Product:
+    return lambda numbers: torch._int_mm(numbers, weight.T).float().mul_(scales)
+
+
+def _prepare_int_mm_cuda(weight: torch.Tensor, scales: torch.Tensor) -> Product:
+    n_outputs, n_inputs = weight.shape
+    # cuBLAS takes multiples of 8 alone, and more than 16 tokens.
+    more_inputs, more_outputs = -n_inputs % 8, -n_outputs % 8
+    if more_inputs or more_outputs:
+        weight = pad(weight, (0, more_inputs, 0, more_outputs))
+
+    def multiply(numbers: torch.Tensor) -> torch.Tensor:
+        n_tokens, more_tokens = len(numbers), max(17 - len(numbers), 0)
+        if more_inputs or more_tokens:
+            numbers = pad(numbers, (0, more_inputs, 0, more_tokens))
+        return torch._int_mm(numbers, weight.T)[:n_tokens, :n_outputs].float().mul_(scales)
+
+    return multiply
+
+
+def _prepare_float32(weight: torch.Tensor, scales: torch.Tensor) -> Product:
+    return lambda numbers: (numbers.float() @ weight.float().T).mul_(scales)
+
+
+ONEDNN_ROWS = Kernel("oneDNN, rounding by FBGEMM", _round_unsigned_at_once, _prepare_onednn_rows)
+ONEDNN = Kernel("oneDNN", _round_unsigned, _prepare_onednn)
+INT_MM = Kernel("torch._int_mm", _round_signed, _prepare_int_mm)
+INT_MM_CUDA = Kernel("torch._int_mm on CUDA", _round_signed, _prepare_int_mm_cuda)
+FLOAT32 = Kernel("float32", _round_signed, _prepare_float32)
+CANDIDATES: dict[str, tuple[Kernel, ...]] = {"cpu": (ONEDNN_ROWS, ONEDNN, INT_MM), "cuda": (INT_MM_CUDA,)}
+"""By kind of device, what may be there, fastest first."""

@@ -1,7 +1,9 @@
 """Weights of one bit: learned inputs of few bits, and the way from a live model to a quantized one."""
 
+import copy
 import logging
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,8 +14,15 @@ from hf_compress.formats.binary import FLOAT, BinaryLinear, binary_rows, input_l
 from hf_compress.formats.packed import PackedModule
 from hf_compress.modeling.projections import in_width, read_matrix
 from hf_compress.quantization.config import BinaryConfig
-from hf_compress.quantization.fake_quant import Rounded, attach_, detach_, fake_quantized, scale_gradient
-from hf_compress.quantization.fake_quant import straight_through as pass_gradient
+from hf_compress.quantization.fake_quant import (
+    Inputs,
+    Rounded,
+    attach_,
+    detach_,
+    fake_quantized,
+    scale_gradient,
+    straight_through,
+)
 from hf_compress.quantization.modules import choose_modules, replace_
 from hf_compress.quantization.observers import read_batch
 
@@ -76,7 +85,7 @@ def elastic_numbers(
     divisor = scale.detach() if bits == 1 and is_signed else scale
     normalized = (inputs.float() - threshold) / divisor
     clipped = normalized.clamp(*input_levels(bits, is_signed))
-    return pass_gradient(clipped, round_inputs(normalized.detach(), bits, is_signed))
+    return straight_through(clipped, round_inputs(normalized.detach(), bits, is_signed))
 
 
 def binary_weight(matrix: torch.Tensor) -> Rounded:
@@ -91,10 +100,10 @@ def binary_weight(matrix: torch.Tensor) -> Rounded:
     signs, scales, means = binary_rows(matrix.detach())
     # Rows without a scale are all zeros, and stay so.
     divisors = torch.where(scales == 0, 1.0, scales)[:, None]
-    return pass_gradient((matrix.float() - means[:, None]) / divisors, signs), scales
+    return straight_through((matrix.float() - means[:, None]) / divisors, signs), scales
 
 
-class ElasticInputs(nn.Module):
+class ElasticInputs(Inputs):
     """Inputs rounded to few bits with a learned scale and threshold; see `elastic_numbers`.
 
     The scale is learned by its logarithm, so that it stays positive, and a step of AdamW changes it by a share of
@@ -114,6 +123,10 @@ class ElasticInputs(nn.Module):
         self.bits, self.is_signed = bits, True
         self._fits: dict[bool, list[Rounded]] | None = None
 
+    def target(self, config: BinaryConfig) -> BinaryConfig:
+        """The config with the bits as they are now."""
+        return replace(config, activations=self.bits)
+
     def set_(self, bits: int, is_signed: bool) -> None:
         """Chooses the levels.
 
@@ -129,20 +142,31 @@ class ElasticInputs(nn.Module):
         bits, is_signed = self.setting.tolist()
         self.bits, self.is_signed = bits, bool(is_signed)
 
-    def begin_fit(self) -> None:
-        """Has the scale follow the batches that come, until `end_fit`."""
+    def begin_fit(self, bits: int) -> None:
+        """Has scale and sign follow the batches that come, until `end_fit`.
+
+        Args:
+            bits (`int`): Per number, from now on.
+        """
+        self.set_(bits, self.is_signed)
         self._fits = {True: [], False: []}
 
-    def end_fit(self) -> None:
-        """Keeps the scale as it is now."""
-        self._fits = None
+    def end_fit(self) -> bool:
+        """Keeps scale and sign as they are.
+
+        Returns:
+            `bool`: Whether there was a batch, and its numbers were finite; always for 32 bits.
+        """
+        fits, self._fits = self._fits, None
+        was_fitted = self.bits == FLOAT or bool(fits and fits[True] and self.log_scale.isfinite())
+        return was_fitted
 
     def scale(self) -> torch.Tensor:
         """Alpha, of shape (1,), in float32."""
         return self.log_scale.float().exp()
 
     def forward(self, hidden_states: torch.Tensor) -> Rounded:
-        """Numbers of hidden states of shape (..., inputs), and their scale, of shape (1,)."""
+        """See `elastic_numbers`."""
         if self.bits == FLOAT:
             # Data-parallel training waits for the gradients of all parameters.
             unused = 0.0 * (self.log_scale + self.threshold.sum()).to(hidden_states.dtype)
@@ -190,7 +214,7 @@ def prepare_binary_(model: PreTrainedModel, config: BinaryConfig, data: Iterable
 
     attach_(chosen, config, parts)
     try:
-        fit_inputs_(model, batches)
+        fit_inputs_(model, batches, config.activations)
     except BaseException:
         detach_(model)
         raise
@@ -220,28 +244,42 @@ def quantize_binary_(model: PreTrainedModel, config: BinaryConfig, data: Iterabl
     replace_(model, chosen, _pack)
 
 
-def fit_inputs_(model: PreTrainedModel, batches: Iterable[Mapping[str, torch.Tensor]]) -> None:
+def fit_inputs_(model: PreTrainedModel, batches: Iterable[Mapping[str, torch.Tensor]], bits: int) -> None:
     """Fits scales and signs of elastic inputs to data, module by module in the order of the forward pass.
 
     Each module sees inputs that come out of rounded modules. The scale is the geometric mean of the batches' best
     ones, see `fit_input_scale`; whether numbers have a sign is what loses less.
 
     Args:
-        model (`PreTrainedModel`): A prepared model.
+        model (`PreTrainedModel`): A prepared model; after an error, it is as it was.
         batches (`Iterable[Mapping[str, torch.Tensor]]`): From `read_batches`.
+        bits (`int`): Of an input.
+
+    Raises:
+        ValueError: if no batch reaches a projection, or what does is not finite.
     """
-    elastic = [module.input_norm for _, module in fake_quantized(model)]
+    elastic = {name: module.input_norm for name, module in fake_quantized(model)}
+    before = {name: copy.deepcopy(inputs.state_dict()) for name, inputs in elastic.items()}
     training = {module: module.training for module in model.modules()}
+    model.eval()
     try:
-        for inputs in elastic:
-            inputs.begin_fit()
-        model.eval()
+        for inputs in elastic.values():
+            inputs.begin_fit(bits)
         with torch.no_grad():
             for batch in batches:
                 model(**batch)
-    finally:
-        for inputs in elastic:
+        wrong = [name for name, inputs in elastic.items() if not inputs.end_fit()]
+        if wrong:
+            raise ValueError(
+                f"The scale of the inputs of {wrong[0]} cannot be fitted: the data do not lead there, or hold NaN or "
+                f"infinity there. Give batches that do, or add {wrong[0]!r} to exclude."
+            )
+    except BaseException:
+        for name, inputs in elastic.items():
             inputs.end_fit()
+            inputs.load_state_dict(before[name])
+        raise
+    finally:
         for module, was_training in training.items():
             module.training = was_training
 

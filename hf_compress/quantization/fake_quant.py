@@ -5,6 +5,7 @@ get another class. What is learned of their inputs sits in a submodule `input_no
 decay: the `Trainer` of Transformers decays no parameter of a normalization.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -111,19 +112,38 @@ def int8_table_rows(rows: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     return numbers * scales
 
 
-class Int8Inputs(nn.Module):
+class Inputs(nn.Module, ABC):
+    """What rounds the inputs of a projection, and holds what is learned of them."""
+
+    @abstractmethod
+    def forward(self, hidden_states: torch.Tensor) -> Rounded:
+        """From hidden states, of shape (..., inputs), to their numbers and scales, of shape (1,) or (..., 1)."""
+
+    def target(self, config: Any) -> Any:
+        """What the model is now being trained for, where that may change.
+
+        Args:
+            config (`Any`): What it was prepared for.
+
+        Returns:
+            `Any`: The same, or another config of its type.
+        """
+        return config
+
+
+class Int8Inputs(Inputs):
     """Inputs rounded to eight bits token by token: nothing to learn."""
 
     def forward(self, hidden_states: torch.Tensor) -> Rounded:
-        """Rounds hidden states of shape (..., inputs)."""
+        """See `int8_rows`."""
         return int8_rows(hidden_states)
 
 
-class FloatInputs(nn.Module):
+class FloatInputs(Inputs):
     """Inputs that are not rounded."""
 
     def forward(self, hidden_states: torch.Tensor) -> Rounded:
-        """Returns hidden states of shape (..., inputs), and 1."""
+        """The hidden states, and 1."""
         return hidden_states, torch.ones(1, device=hidden_states.device)
 
 
@@ -131,12 +151,16 @@ class FakeQuantized(nn.Module):
     """What modules with fake quantization have in common.
 
     Attributes:
-        target_config (`Any`): What the model was prepared for.
+        prepared_for (`Any`): The config.
         is_rounded (`bool`): Whether anything is rounded.
     """
 
-    target_config: Any
+    prepared_for: Any
     is_rounded: bool
+
+    def target(self) -> Any:
+        """The config that the module may be converted to."""
+        return self.prepared_for
 
 
 class FakeQuantProjection(FakeQuantized):
@@ -146,11 +170,15 @@ class FakeQuantProjection(FakeQuantized):
         round_weight (`Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]`): From the matrix, of shape
             (outputs, inputs), to its numbers and their scales, of shape (outputs,) or (1,), with straight-through
             gradients.
-        input_norm (`nn.Module`): From hidden states to their numbers and their scales, of shape (1,) or (..., 1).
+        input_norm (`Inputs`): From hidden states to their numbers and their scales.
     """
 
     round_weight: Callable[[torch.Tensor], Rounded]
-    input_norm: nn.Module
+    input_norm: Inputs
+
+    def target(self) -> Any:
+        """The config that the module may be converted to."""
+        return self.input_norm.target(self.prepared_for)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Projects hidden states of shape (..., inputs), as the converted module will."""
@@ -219,7 +247,7 @@ def attach_(modules: Mapping[str, nn.Module], config: Any, parts: Callable[[str,
             if isinstance(value, nn.Module):
                 value.to(module.weight.device).train(module.training)
             setattr(module, attribute, value)
-        module.target_config, module.is_rounded = config, True
+        module.prepared_for, module.is_rounded = config, True
         module.__class__ = _CLASSES[type(module)]
 
 
@@ -232,7 +260,7 @@ def detach_(model: nn.Module) -> None:
     for _, module in fake_quantized(model):
         module.__class__ = _ORIGINALS[type(module)]
         names = ["round_rows"] if isinstance(module, nn.Embedding) else ["round_weight", "input_norm"]
-        for name in [*names, "target_config", "is_rounded"]:
+        for name in [*names, "prepared_for", "is_rounded"]:
             delattr(module, name)
 
 
@@ -277,8 +305,8 @@ def check_prepared(model: nn.Module, config: Any) -> None:
         ValueError: if so; a model that was not prepared at all passes.
     """
     for name, module in fake_quantized(model):
-        if module.target_config != config:
+        if module.target() != config:
             raise ValueError(
-                f"{name} was trained for {module.target_config}, but is to be quantized to {config}, for which "
-                "nothing was learned: give the config that the model was prepared with."
+                f"{name} was trained for {module.target()}, but is to be quantized to {config}, for which "
+                "nothing was learned: give the former, or prepare the model for the latter and train it."
             )

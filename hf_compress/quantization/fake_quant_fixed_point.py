@@ -19,7 +19,7 @@ from hf_compress.formats.fixed_point import (
 from hf_compress.formats.fixed_point_modules import Scales
 from hf_compress.modeling.projections import in_width
 from hf_compress.quantization.config import FixedPointConfig
-from hf_compress.quantization.fake_quant import FloatInputs, Rounded, attach_, scale_gradient, straight_through
+from hf_compress.quantization.fake_quant import FloatInputs, Inputs, Rounded, attach_, scale_gradient, straight_through
 from hf_compress.quantization.fixed_point import fit_inputs, fit_weights
 from hf_compress.quantization.modules import choose_modules
 from hf_compress.quantization.observers import observe_inputs
@@ -71,7 +71,7 @@ def learned_step(
     return straight_through(clipped, quantize(inputs.detach(), scale.detach(), zero, bits, symmetric) - zero)
 
 
-class FixedPointInputs(nn.Module):
+class FixedPointInputs(Inputs):
     """Inputs in fixed point with a learned step; the zero point stays where it was measured.
 
     The step is learned by its logarithm, as in `ElasticInputs`. A power of two is the least one that is not below what
@@ -101,7 +101,7 @@ class FixedPointInputs(nn.Module):
         return self.scale().detach(), self.zero.to(torch.int32)
 
     def forward(self, hidden_states: torch.Tensor) -> Rounded:
-        """Numbers of hidden states of shape (..., inputs), and their step, of shape (1,)."""
+        """See `learned_step`."""
         bits, symmetric = self.config.activations, self.config.symmetric
         factor = (self.in_features * integer_range(bits, symmetric)[1]) ** -0.5
         scale = scale_gradient(self.scale(), factor)

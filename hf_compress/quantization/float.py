@@ -56,9 +56,22 @@ def _check_range(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
         )
 
 
-def _warn_if_slow(device: torch.device, name: str) -> None:
+def is_fast(device: torch.device, name: str) -> bool:
+    """Whether a device multiplies matrices of a 16-bit type by instructions of its own.
+
+    Args:
+        device (`torch.device`): A CPU, or an accelerator, of which it is taken for granted.
+        name (`Literal["bf16", "fp16"]`): The type.
+
+    Returns:
+        `bool`: Without such instructions, a CPU takes many times as long as in float32.
+    """
     capabilities = torch.cpu.get_capabilities()
-    if device.type == "cpu" and not any(capabilities.get(feature) for feature in _FAST[name]):
+    return device.type != "cpu" or any(capabilities.get(feature) for feature in _FAST[name])
+
+
+def _warn_if_slow(device: torch.device, name: str) -> None:
+    if not is_fast(device, name):
         logger.warning(
             "This CPU has no instructions for %s (%s): matrix products take many times as long as in float32. Keep "
             "float32 to run the model here, or quantize it to Int8DynamicConfig; the files are half as large in any "

@@ -11,6 +11,8 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import BitsAndBytesConfig
 
+from hf_compress.quantization.config import FloatConfig
+
 logger = logging.getLogger(__name__)
 
 Evaluate = Callable[[nn.Module], float]
@@ -100,6 +102,11 @@ def find_exclusions(
         return dense - gate.score(trial)
 
     lost = drop(())
+    if not names and lost > gate.max_drop:
+        raise ValueError(
+            f"max_drop={gate.max_drop} cannot be kept: a {type(config).__name__} takes the whole model, whose score "
+            f"is {dense:.4f} before and {lost:.4f} lower after. Allow more, or take another format."
+        )
     logger.info("Score %.4f in floating point, %.4f lower quantized; %.4f allowed.", dense, lost, gate.max_drop)
     if lost <= gate.max_drop:
         return ()
@@ -128,6 +135,8 @@ def exclude(config: Any, names: Sequence[str]) -> Any:
     Returns:
         `Any`: Of the same type.
     """
+    if not names:
+        return config
     if isinstance(config, BitsAndBytesConfig):
         changed = copy.deepcopy(config)
         changed.llm_int8_skip_modules = [*excluded_names(config), *names]
@@ -135,16 +144,18 @@ def exclude(config: Any, names: Sequence[str]) -> Any:
     return replace(config, exclude=(*config.exclude, *names))
 
 
-def excluded_names(config: Any) -> Sequence[str]:
+def excluded_names(config: Any) -> Sequence[str] | None:
     """The modules that stay in floating point by a config, besides the task head.
 
     Args:
         config (`Any`): One of the configs of this folder, or a `BitsAndBytesConfig`.
 
     Returns:
-        `Sequence[str]`: Dotted names or patterns.
+        `Sequence[str]` or `None`: Dotted names or patterns; `None` where a config takes the whole model.
     """
-    return (config.llm_int8_skip_modules or []) if isinstance(config, BitsAndBytesConfig) else config.exclude
+    if isinstance(config, BitsAndBytesConfig):
+        return config.llm_int8_skip_modules or []
+    return None if isinstance(config, FloatConfig) else config.exclude
 
 
 def _progress(names: Sequence[str]) -> Iterator[str]:

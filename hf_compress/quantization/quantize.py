@@ -89,7 +89,9 @@ def quantize_(
     model = unwrap(model)
     check_prepared(model, config)
     if evaluate is not None:
-        names = list(choose_modules(model, excluded_names(config), getattr(config, "embeddings", False)))
+        excluded = excluded_names(config)
+        takes_tables = getattr(config, "embeddings", False)
+        names = [] if excluded is None else list(choose_modules(model, excluded, takes_tables))
         data = None if data is None else list(data)
         gate = Gate(evaluate, max_drop)
         config = exclude(config, find_exclusions(model, config, names, lambda m, c: quantize_(m, c, data), gate))

@@ -70,7 +70,7 @@ def fake_quantize_(model: nn.Module, config: Any, data: Data | None = None) -> N
     prepared = fake_quantized(model)
     if prepared:
         raise ValueError(
-            f"The model was prepared for {prepared[0][1].target_config} already: start from one in floating point, or "
+            f"The model was prepared for {prepared[0][1].target()} already: start from one in floating point, or "
             "call set_activation_bits_ to change the bits of a binary one."
         )
     _PREPARE[type(config)](model, config, data)
@@ -89,14 +89,9 @@ def set_activation_bits_(model: nn.Module, bits: int, data: Data | None = None) 
         ValueError: if the model was not prepared for a `BinaryConfig`, or data are missing.
     """
     model = unwrap(model)
-    modules = _binary_modules(model)
-    # Checks the bits.
-    config = replace(modules[0].target_config, activations=bits)
-    batches = read_batches(model, data, bits)
-    for module in modules:
-        module.target_config = config
-        module.input_norm.set_(bits, module.input_norm.is_signed)
-    fit_inputs_(model, batches)
+    # The config checks the bits.
+    replace(_binary_modules(model)[0].prepared_for, activations=bits)
+    fit_inputs_(model, read_batches(model, data, bits), bits)
 
 
 class BinaryCurriculum(TrainerCallback):
@@ -166,7 +161,7 @@ def _share_scales_(modules: list[FakeQuantProjection]) -> None:
 
 
 def _binary_modules(model: nn.Module) -> list[FakeQuantProjection]:
-    modules = [module for _, module in fake_quantized(model) if isinstance(module.target_config, BinaryConfig)]
+    modules = [module for _, module in fake_quantized(model) if isinstance(module.prepared_for, BinaryConfig)]
     if not modules:
         raise ValueError(
             f"This {type(model).__name__} was not prepared for weights of one bit: call fake_quantize_(model, "

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_compress.formats.packed import PackedModule
-from hf_compress.quantization.config import Int8DynamicConfig
+from hf_compress.quantization.config import FloatConfig, Int8DynamicConfig
 from hf_compress.quantization.gate import Gate, find_exclusions
 from hf_compress.quantization.modules import choose_modules
 from hf_compress.quantization.quantize import quantize, quantize_
@@ -71,6 +71,13 @@ def test_impossible_drops(model, max_drop):
 def test_evaluate_must_be_callable(model):
     with pytest.raises(TypeError, match="cannot be called"):
         quantize(model, Int8DynamicConfig(), evaluate=0.9)
+
+
+def test_a_format_for_the_whole_model(model):
+    config = FloatConfig("bf16")
+    assert quantize(model, config, evaluate=lambda model: 0.5).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="takes the whole model"):
+        quantize(model, config, evaluate=lambda model: float(model.dtype == torch.float32))
 
 
 def test_few_evaluations(model):

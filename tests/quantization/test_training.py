@@ -252,6 +252,7 @@ def test_a_checkpoint_in_training_is_loaded_by_preparing_again(tmp_path, caplog)
     plain.load_state_dict(load_file(tmp_path / "model.safetensors"))
     inputs = {name: value for name, value in batches()[0].items() if name != "labels"}
     assert difference(predict(plain, inputs), predict(student.eval(), inputs)) == 0
+    assert quantize(plain, BinaryConfig(activations=2)).is_quantized
 
 
 @pytest.mark.parametrize("bits", [2, 8, 32])
@@ -265,6 +266,16 @@ def test_bits_change_in_place(bits):
     assert difference(predict(student, tiny_batch(model)), predict(fresh, tiny_batch(model))) == 0
     with pytest.raises(ValueError, match=f"trained for .*activations={bits}.* quantized to .*activations=4"):
         quantize(student, BinaryConfig(activations=4))
+
+
+def test_bits_that_cannot_be_fitted_leave_the_model_as_it_was():
+    student = prepared(tiny_model("bert"), BinaryConfig(activations=4))
+    before = copy.deepcopy(student.state_dict())
+    for bits, batch in ((1, {"inputs_embeds": torch.full((1, 3, 32), torch.inf)}), (3, tiny_batch(student))):
+        with pytest.raises(ValueError, match="cannot be fitted|bits are not known"):
+            set_activation_bits_(student, bits, [batch])
+        assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
+    assert quantize(student, BinaryConfig(activations=4)).is_quantized
 
 
 def test_modules_keep_parameters_hooks_and_modes():
@@ -290,6 +301,9 @@ def test_what_cannot_be_trained_for_is_refused():
     with pytest.raises(RuntimeError):
         # More tokens than there are positions.
         fake_quantize_(model, BinaryConfig(), [{"input_ids": torch.zeros(1, 4096, dtype=torch.long)}])
+    unfit = [{"inputs_embeds": torch.full((1, 3, 32), torch.nan)}]
+    with pytest.raises(ValueError, match="bert.encoder.layer.0.attention.self.query cannot be fitted"):
+        fake_quantize_(model, BinaryConfig(), unfit)
     assert not fake_quantized(model)
     assert {type(module) for module in model.modules() if hasattr(module, "in_features")} == {nn.Linear}
     fake_quantize_(model, BinaryConfig(activations=32))
