@@ -9,15 +9,20 @@ from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
 
 from hf_compress.checkpoint.config import CompressionConfig
+from hf_compress.evaluation.comparison import decide
 from hf_compress.evaluation.cost import measure_cost
+from hf_compress.evaluation.inference import predict
 from hf_compress.evaluation.latency import compare_latency
 from hf_compress.evaluation.retention import METRICS, score_retention
+from hf_compress.evaluation.scores import score_of, score_rows
 from hf_compress.modeling.tasks import problem_type
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 COST_BATCH = 32
+# What a model that was not compressed is called in a table.
+DENSE = "dense"
 
 
 class Yardstick(NamedTuple):
@@ -27,8 +32,9 @@ class Yardstick(NamedTuple):
         rows (`Dataset`): Tokenized, with labels.
         tokenizer (`PreTrainedTokenizerBase`): Pads them.
         metric (`str`): What quality is.
-        batch_size (`int`): Rows per batch when quality is measured; costs are those of `COST_BATCH` rows.
+        batch_size (`int`): Rows per batch when quality is measured.
         seed (`int`): Of the resamples.
+        cost_batch (`int`, *optional*, defaults to `COST_BATCH`): Rows per batch when costs are measured.
     """
 
     rows: Dataset
@@ -36,6 +42,7 @@ class Yardstick(NamedTuple):
     metric: str
     batch_size: int
     seed: int
+    cost_batch: int = COST_BATCH
 
 
 def load_classifier(path: str, has_new_head: bool = False, **options: Any) -> "PreTrainedModel":
@@ -114,8 +121,7 @@ def measure_all(
     Returns:
         `dict`: What every report holds: `rows_measured_on`, `metric`, `latency` and `models`.
     """
-    sample = yardstick.rows.select(range(min(COST_BATCH, len(yardstick.rows)))).remove_columns(["labels", "length"])
-    batch = dict(DataCollatorWithPadding(yardstick.tokenizer)(list(sample)))
+    batch = cost_batch(yardstick)
     latency = compare_latency(models, batch)
     first = next(iter(models))
     rows = []
@@ -130,6 +136,35 @@ def measure_all(
         "latency": latency.to_dict(),
         "models": rows,
     }
+
+
+def cost_batch(yardstick: Yardstick) -> dict[str, torch.Tensor]:
+    """The batch that costs are measured on: the first rows, padded to the longest of them.
+
+    Args:
+        yardstick (`Yardstick`): The rows.
+
+    Returns:
+        `dict[str, torch.Tensor]`: Inputs, without labels.
+    """
+    n_rows = min(yardstick.cost_batch, len(yardstick.rows))
+    sample = yardstick.rows.select(range(n_rows)).remove_columns(["labels", "length"])
+    return dict(DataCollatorWithPadding(yardstick.tokenizer)(list(sample)))
+
+
+def score_alone(model: "PreTrainedModel", yardstick: Yardstick) -> float:
+    """The metric of one model.
+
+    Args:
+        model (`PreTrainedModel`): The model.
+        yardstick (`Yardstick`): What to measure on.
+
+    Returns:
+        `float`: Higher is better.
+    """
+    found = predict(model, yardstick.rows, processing_class=yardstick.tokenizer, batch_size=yardstick.batch_size)
+    decisions = decide(torch.from_numpy(found.logits), problem_type(model.config)).numpy()
+    return score_rows(score_of(yardstick.metric, found.labels, decisions), len(decisions))
 
 
 def score(first: "PreTrainedModel", second: "PreTrainedModel", yardstick: Yardstick) -> dict[str, Any]:

@@ -1,11 +1,11 @@
-"""The command line: `hf-compress demo`, `hf-compress distill`, `hf-compress prune`."""
+"""The command line: `hf-compress demo`, `distill`, `prune` and `quantize`."""
 
 import difflib
 import logging
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -13,13 +13,20 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
-from rich.table import Table
 
 import hf_compress
+from hf_compress.help_pages import (
+    DISTILL_DEFAULTS,
+    UNSTRUCTURED,
+    option,
+    print_distill_help,
+    print_prune_help,
+    print_quantize_help,
+)
 
 if TYPE_CHECKING:
     from hf_compress.distillation.arguments import DistillationArguments
-    from hf_compress.job import DistillJob, PruneJob, SparsifyJob
+    from hf_compress.job import DistillJob, PruneJob, QuantizeJob, SparsifyJob
     from hf_compress.pruning.config import StructuredPruningConfig
     from hf_compress.pruning.unstructured_config import UnstructuredPruningConfig
 
@@ -32,46 +39,8 @@ app = typer.Typer(
 )
 console = Console(stderr=True)
 
-# What a student of a small data set wants, where it differs from Trainer's defaults.
-DISTILL_DEFAULTS = {
-    "learning_rate": 2e-4,
-    "per_device_train_batch_size": 32,
-    "per_device_eval_batch_size": 64,
-    "warmup_steps": 0.06,
-    "weight_decay": 0.01,
-    "train_sampling_strategy": "group_by_length",
-    "dropout": 0.0,
-    "plain_attention": "auto",
-    "logging_steps": 20,
-    "save_steps": 0.25,
-    "save_total_limit": 1,
-    "report_to": "none",
-    # Trainer hides its bar by default where transformers logs errors only, as here.
-    "disable_tqdm": False,
-}
-# Chooses which of two configs the options of `prune` are for.
-UNSTRUCTURED = "--unstructured"
 # What says how much, of heads and neurons and of single weights.
 _COUNTERPARTS = {"--budget": "--sparsity", "--budgets": "--sparsities"}
-_USUAL_ARGUMENTS = (
-    "output_dir",
-    "temperature",
-    "alpha",
-    "divergence",
-    "terms",
-    "stages",
-    "dropout",
-    "num_train_epochs",
-    "learning_rate",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "warmup_steps",
-    "weight_decay",
-    "label_smoothing_factor",
-    "bf16",
-    "use_cpu",
-    "seed",
-)
 
 
 @app.callback(invoke_without_command=True)
@@ -143,6 +112,25 @@ def prune(
     show_report(prune_classifier(job, config), job.output_dir)
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+)
+def quantize(
+    context: typer.Context,
+    help_: Annotated[bool, typer.Option("--help", "-h", help="Show the options and stop.")] = False,
+) -> None:
+    """Quantize a text classifier, to one number format or several. See `hf-compress quantize --help`."""
+    if help_:
+        print_quantize_help()
+        raise typer.Exit
+    from hf_compress.quantize_run import quantize_classifier
+    from hf_compress.report import show_report
+
+    job, configs = parse_quantize(context.args)
+    show_report(quantize_classifier(job, configs), job.output_dir)
+
+
 def parse_distill(arguments: list[str]) -> "tuple[DistillJob, DistillationArguments]":
     """Parses a command line of `hf-compress distill`.
 
@@ -191,8 +179,27 @@ def parse_prune(
     return job, read_weight_options(options)
 
 
+def parse_quantize(arguments: list[str]) -> "tuple[QuantizeJob, dict[str, Any]]":
+    """Parses a command line of `hf-compress quantize`.
+
+    Args:
+        arguments (`list[str]`): Options such as `--model` and their values.
+
+    Returns:
+        `tuple[QuantizeJob, dict[str, Any]]`: What to quantize, and to what: configs by the names of their formats.
+
+    Raises:
+        ValueError: if an option is missing, unknown, for another format, or has no such value.
+    """
+    from hf_compress.format_options import format_options, read_format_options
+    from hf_compress.job import QuantizeJob
+
+    job, options = _parse("quantize", (QuantizeJob, format_options()), arguments, {})
+    return job, read_format_options(options, job.auto)
+
+
 def _elsewhere(classes: tuple[type, ...], hint: str) -> dict[str, str]:
-    return {_option(one.name): hint for fields_of in map(fields, classes) for one in fields_of}
+    return {option(one.name): hint for fields_of in map(fields, classes) for one in fields_of}
 
 
 def _parse(
@@ -227,107 +234,6 @@ def _meant(unknown: str, options: Mapping[str, Any], elsewhere: Mapping[str, str
     meant = "".join(f" (did you mean {name}?)" for name in near)
     hint = elsewhere.get(unknown.replace("_", "-"))
     return meant if hint is None else f" here{meant}. {hint}"
-
-
-def print_distill_help(everything: bool = False) -> None:
-    """Prints the options of `hf-compress distill` as tables.
-
-    Args:
-        everything (`bool`, *optional*, defaults to `False`): Also the rarer arguments of `transformers.Trainer`.
-    """
-    from hf_compress.distillation.arguments import DistillationArguments
-    from hf_compress.job import DistillJob
-
-    out = Console()
-    out.print(
-        "[bold]hf-compress distill[/] --model MODEL --dataset DATA --student-layers N \\\n"
-        "    --output-dir FOLDER \\[options]\n"
-    )
-    out.print(
-        "Makes a student of the model's layers, trains it with the model as its teacher, saves it, reloads it, and "
-        "reports what it kept and what it costs. A stopped run continues with the same command.\n"
-    )
-    out.print("[bold]Example[/]: a fine-tuned 12-layer model to 6 layers, on a folder with train.csv and test.csv\n")
-    out.print(
-        "  hf-compress distill --model ./my-classifier --dataset ./reviews \\\n"
-        "      --text-columns review --label-column sentiment \\\n"
-        "      --student-layers 6 --output-dir ./student --bf16\n"
-    )
-    out.print(_option_table("The job", fields(DistillJob), {}))
-    training = fields(DistillationArguments)
-    usual = [f for name in _USUAL_ARGUMENTS for f in training if f.name == name]
-    out.print(_option_table("Training", usual, {**DISTILL_DEFAULTS, "output_dir": MISSING}))
-    # --debug is this program's own: it shows tracebacks.
-    rest = [f for f in training if f.init and f.name not in (*_USUAL_ARGUMENTS, "debug")]
-    if everything:
-        out.print(_option_table("All other arguments of transformers.TrainingArguments", rest, DISTILL_DEFAULTS))
-    else:
-        out.print(
-            f"{len(rest)} further arguments of transformers.TrainingArguments are taken too. "
-            "--help shows this page, --help-all all arguments, --debug the traceback of an error."
-        )
-
-
-def print_prune_help() -> None:
-    """Prints the options of `hf-compress prune` as tables."""
-    from hf_compress.job import CalibratedJob, PruneJob, SparsifyJob
-    from hf_compress.pruning.config import StructuredPruningConfig
-    from hf_compress.pruning.unstructured_config import UnstructuredPruningConfig
-
-    out = Console()
-    out.print(
-        "[bold]hf-compress prune[/] --model MODEL --dataset DATA --budget SHARE \\\n"
-        "    --output-dir FOLDER \\[options]\n"
-        f"[bold]hf-compress prune {UNSTRUCTURED}[/] --model MODEL --dataset DATA --sparsity SHARE \\\n"
-        "    --output-dir FOLDER \\[options]\n"
-    )
-    out.print(
-        "Cuts the heads and neurons that matter least on some hundred texts without labels, refits what is left, "
-        "saves the model, reloads it, and reports what it kept and what it costs, with a figure of what each layer "
-        f"kept. With {UNSTRUCTURED}, single weights become 0: the model has the same shape and is about as fast, but "
-        "takes fewer bytes on disk. Nothing is trained. A stopped run continues with the same command.\n"
-    )
-    out.print("[bold]Example[/]: a fine-tuned model to a half and to a third of its multiply-accumulates\n")
-    out.print(
-        "  hf-compress prune --model ./my-classifier --dataset ./reviews \\\n"
-        "      --text-columns review --label-column sentiment \\\n"
-        "      --budgets 0.5 0.33 --output-dir ./pruned\n"
-    )
-    out.print("[bold]Example[/]: two of each four weights that lie side by side made 0\n")
-    out.print(
-        f"  hf-compress prune {UNSTRUCTURED} --model ./my-classifier --dataset ./reviews \\\n"
-        "      --text-columns review --label-column sentiment \\\n"
-        "      --pattern 2:4 --output-dir ./sparse\n"
-    )
-    shared = fields(CalibratedJob)
-    out.print(_option_table("The job", shared, {}))
-    for title, job, config in (
-        (f"Heads and neurons, without {UNSTRUCTURED}", PruneJob, StructuredPruningConfig),
-        (f"Single weights, with {UNSTRUCTURED}", SparsifyJob, UnstructuredPruningConfig),
-    ):
-        own = [one for one in fields(job) if one.name not in {other.name for other in shared}]
-        out.print(_option_table(title, (*own, *fields(config)), {}))
-
-
-def _option_table(title: str, options, defaults: dict[str, Any]) -> Table:
-    table = Table("option", "default", "meaning", title=title, title_justify="left", expand=True)
-    for option in sorted(options, key=_is_optional):
-        default = option.default_factory() if option.default_factory is not MISSING else option.default
-        default = defaults.get(option.name, default)
-        default = " ".join(map(str, default)) if isinstance(default, list | tuple) else default
-        shown = "[red]required[/]" if default is MISSING else "" if default is None else escape(str(default))
-        meaning = escape(" ".join(option.metadata.get("help", "").split()))
-        table.add_row(_option(option.name), shown, meaning)
-    table.columns[0].no_wrap = True
-    return table
-
-
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-def _is_optional(option: Field) -> bool:
-    return option.default is not MISSING or option.default_factory is not MISSING
 
 
 def _set_up_logging(debug: bool) -> None:

@@ -1,6 +1,7 @@
 """What a run is asked for: the job, and the arguments or the config that go with it."""
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -135,7 +136,7 @@ class DistillJob(TextJob):
 
 @dataclass
 class CalibratedJob(TextJob):
-    """A classifier that is pruned with unlabelled texts, whatever is cut."""
+    """A classifier that is compressed with unlabelled texts, without training."""
 
     output_dir: str = field(metadata={"help": "Folder for the pruned model, the figure and the report."})
     n_texts: int = field(
@@ -210,6 +211,54 @@ class SparsifyJob(CalibratedJob):
         return _by_share(config, "sparsity", self.sparsities)
 
 
+@dataclass
+class QuantizeJob(CalibratedJob):
+    """What to quantize, and on which data."""
+
+    output_dir: str = field(metadata={"help": "Folder for the quantized models, the figures and the report."})
+    n_texts: int = field(
+        default=512,
+        kw_only=True,
+        metadata={
+            "help": "Texts of the split train that ranges are measured on, drawn by --seed, for formats that need "
+            "some: int8 with --smooth, fixed-point with --activations, binary. Their labels are not looked at."
+        },
+    )
+    auto: bool = field(
+        default=False,
+        kw_only=True,
+        metadata={
+            "help": "Time formats on this machine, at --cost-batch texts of the split to measure on, and quantize to "
+            "one within 10 % of the fastest."
+        },
+    )
+    max_drop: float | None = field(
+        default=None,
+        kw_only=True,
+        metadata={
+            "help": "Loss of the metric that is allowed, 0.01 for a point of accuracy: the modules that cost most "
+            "stay in floating point until it holds. It is measured on up to 1000 rows of validation or dev or, where "
+            "there is none besides the split to measure on, of a tenth of train that is drawn by --seed. The model "
+            "may know the latter by heart, so new rows can cost more. By default, nothing is checked."
+        },
+    )
+    cost_batch: int = field(
+        default=32, kw_only=True, metadata={"help": "Texts per batch when time is measured, and for --auto."}
+    )
+    seed: int = field(
+        default=0, kw_only=True, metadata={"help": "Of the choice of texts and rows, and of the intervals."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.cost_batch < 1:
+            raise ValueError(f"cost_batch={self.cost_batch} counts texts: give at least 1.")
+        if self.max_drop is not None and not 0 <= self.max_drop < math.inf:
+            raise ValueError(
+                f"max_drop={self.max_drop} is no loss that could be allowed: give a number from 0, such as 0.01."
+            )
+
+
 def _by_share(config: Any, name: str, shares: Sequence[float] | None) -> dict[str, Any]:
     if not shares:
         return {PRUNED: config}
@@ -250,7 +299,7 @@ def job_settings(job: CalibratedJob) -> dict[str, Any]:
     """The job without where it is written.
 
     Args:
-        job (`CalibratedJob`): What to prune.
+        job (`CalibratedJob`): What to compress.
 
     Returns:
         `dict`: Plain JSON types.

@@ -2,49 +2,23 @@
 
 import json
 import logging
-import random
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
-import torch
-from datasets import Dataset, DatasetDict
-from transformers import AutoTokenizer, DataCollatorWithPadding
+from datasets import DatasetDict
 
-from hf_compress.classifiers import Yardstick, choose_metric, load_all, load_classifier, measure_all
-from hf_compress.data import check_length, check_splits, check_tokenizer, label_ids, load_splits, tokenize
+from hf_compress.classifiers import DENSE, Yardstick, load_all, measure_all
+from hf_compress.data import check_splits, load_splits
 from hf_compress.job import PRUNED, CalibratedJob, check_output, job_settings, plain, prune_settings
+from hf_compress.material import Material, Part, device_of, draw, load_material
 from hf_compress.prune_kinds import Config, Kind, kind_of, uses_labels
 from hf_compress.pruning.prune import prune
 from hf_compress.report import title, write_report
 from hf_compress.stages import REPORT_FILE, open_run, save_whole
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 logger = logging.getLogger(__name__)
 
-DENSE = "dense"
-CALIBRATION_BATCH = 32
-
 Configs = dict[str, Config]
-
-
-class Material(NamedTuple):
-    """What a run works with, checked.
-
-    Attributes:
-        model (`PreTrainedModel`): The model to prune.
-        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
-        batches (`list[dict[str, torch.Tensor]]`): Texts to calibrate with.
-        test (`Dataset`): Tokenized rows to measure on.
-        metric (`str`): What quality is measured by.
-    """
-
-    model: "PreTrainedModel"
-    tokenizer: "PreTrainedTokenizerBase"
-    batches: list[dict[str, torch.Tensor]]
-    test: Dataset
-    metric: str
 
 
 def prune_classifier(job: CalibratedJob, config: Config, splits: DatasetDict | None = None) -> dict[str, Any]:
@@ -97,45 +71,8 @@ def prepare(job: CalibratedJob, config: Config, splits: DatasetDict) -> Material
     """
     with_labels = uses_labels(config)
     test_split = check_splits(splits, job.eval_split, job.text_columns, job.label_column, trains=with_labels)
-    tokenizer = AutoTokenizer.from_pretrained(job.model)
-    model = load_classifier(job.model)
-    check_tokenizer(tokenizer, model)
-    metric = choose_metric(job.metric, model)
-
-    def encode(split: str, rows: Dataset, is_labelled: bool) -> Dataset:
-        labels = label_ids(rows, split, job.label_column, model.config) if is_labelled else None
-        return tokenize(rows, tokenizer, job.text_columns, labels, job.max_length)
-
-    n_texts = min(job.n_texts, len(splits["train"]))
-    chosen = random.Random(config.seed).sample(range(len(splits["train"])), n_texts)
-    texts = encode("train", splits["train"].select(chosen), with_labels)
-    test = encode(test_split, splits[test_split], True)
-    check_length(model, max(texts, test, key=lambda rows: max(rows["length"])))
-    logger.info("%d texts to calibrate with, %d of the split %s to measure on.", n_texts, len(test), test_split)
-    return Material(model.to(device_of(job)), tokenizer, calibration_batches(texts, tokenizer), test, metric)
-
-
-def device_of(job: CalibratedJob) -> torch.device:
-    """Where to prune and measure: on the accelerator, if there is one and the job does not leave it alone."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return torch.device("cpu") if accelerator is None or job.use_cpu else accelerator
-
-
-def calibration_batches(texts: Dataset, tokenizer: "PreTrainedTokenizerBase") -> list[dict[str, torch.Tensor]]:
-    """Batches of texts of similar length, so that there is little padding.
-
-    Args:
-        texts (`Dataset`): Tokenized rows, as `tokenize` returns them.
-        tokenizer (`PreTrainedTokenizerBase`): Pads them.
-
-    Returns:
-        `list[dict[str, torch.Tensor]]`: From the shortest texts to the longest.
-    """
-    collate = DataCollatorWithPadding(tokenizer)
-    lengths = texts["length"][:]
-    by_length = sorted(range(len(lengths)), key=lambda row: lengths[row])
-    rows = list(texts.select(by_length).remove_columns("length"))
-    return [dict(collate(rows[i : i + CALIBRATION_BATCH])) for i in range(0, len(rows), CALIBRATION_BATCH)]
+    texts = Part("train", draw(splits["train"], job.n_texts, config.seed), with_labels)
+    return load_material(job, Part(test_split, splits[test_split], True), texts)
 
 
 def prune_missing(output: Path, configs: Configs, material: Material) -> None:

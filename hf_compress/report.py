@@ -4,22 +4,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+from hf_compress.report_words import is_share, words_of
+
 HEADINGS = ("model", "{metric}", "retention % [95 %]", "params", "MB", "{work}", "faster")
-# Metrics that are shares of something; correlations, for instance, are not.
-_SHARES = ("accuracy", "exact_match", "f1", "f1_macro", "f1_micro", "f1_weighted", "seqeval", "token_accuracy")
-_COSTS = {
-    "macs": "the blocks' MACs",
-    "params": "the blocks' parameters",
-    "bytes": "the blocks' bytes",
-    "latency": "the time of a forward pass",
-}
 
 
 def write_report(report: dict[str, Any], folder: Path) -> None:
     """Writes `report.md`, and last, because it marks the run as finished, `report.json`.
 
     Args:
-        report (`dict`): As `distill` or `prune_classifier` returns it.
+        report (`dict`): As `distill`, `prune_classifier` or `quantize_classifier` returns it.
         folder (`Path`): The run's folder.
     """
     (folder / "report.md").write_text(markdown(report))
@@ -32,13 +26,13 @@ def table_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
     """The table of a report as texts, headings first.
 
     Args:
-        report (`dict`): As `distill` or `prune_classifier` returns it.
+        report (`dict`): As `distill`, `prune_classifier` or `quantize_classifier` returns it.
 
     Returns:
         `list[tuple[str, ...]]`: One row per model; the first is what the others are compared with.
     """
-    work = "zeros" if is_sparse(report) else "MACs"
-    rows = [tuple(heading.format(metric=report["metric"], work=work) for heading in HEADINGS)]
+    words = words_of(report)
+    rows = [tuple(heading.format(metric=report["metric"], work=words.heading) for heading in HEADINGS)]
     for position, model in enumerate(report["models"]):
         quality, cost, name = model["quality"], model["cost"], model["name"]
         rows.append(
@@ -48,31 +42,18 @@ def table_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
                 _retention(quality) if position else "-",
                 f"{cost['parameters']['total'] / 1e6:.1f} M",
                 f"{cost['bytes_on_disk'] / 1e6:.1f}",
-                _zeros(model) if is_sparse(report) else _macs(cost),
+                words.cell(model),
                 f"{1 / report['latency']['ratio'][name]:.2f}x",
             )
         )
     return rows
 
 
-def is_sparse(report: dict[str, Any]) -> bool:
-    """Whether a report is of models in which single weights are 0, so that they differ in bytes and not in MACs."""
-    return "zeros" in report["models"][-1]
-
-
-def _zeros(model: dict[str, Any]) -> str:
-    return f"{100 * model['zeros']:.1f} %" if "zeros" in model else "-"
-
-
-def _macs(cost: dict[str, Any]) -> str:
-    return f"{cost['macs'] / cost['conditions']['batch_size'] / 1e6:.0f} M"
-
-
 def _value(quality: dict[str, Any]) -> str:
     value = quality["compressed"]
     if value is None:
         return "-"
-    return f"{100 * value:.1f} %" if quality["metric"] in _SHARES else f"{value:.3f}"
+    return f"{100 * value:.1f} %" if is_share(quality["metric"]) else f"{value:.3f}"
 
 
 def _retention(quality: dict[str, Any]) -> str:
@@ -88,7 +69,7 @@ def gain(report: dict[str, Any]) -> str:
     """What the teacher was worth, in one sentence: the student beside the same student trained alone.
 
     Args:
-        report (`dict`): As `distill` or `prune_classifier` returns it.
+        report (`dict`): As `distill`, `prune_classifier` or `quantize_classifier` returns it.
 
     Returns:
         `str`: The difference and its interval; empty where no student was trained alone.
@@ -99,7 +80,7 @@ def gain(report: dict[str, Any]) -> str:
     values = (report["gain"]["difference"], low, high)
     if None in values:
         return f"The difference in {metric} that the teacher made is not defined on these rows."
-    scale, digits, unit = (100, 1, " points") if metric in _SHARES else (1, 3, "")
+    scale, digits, unit = (100, 1, " points") if is_share(metric) else (1, 3, "")
     difference, low, high = (f"{scale * value:+.{digits}f}" for value in values)
     return f"Difference in {metric} that the teacher made: {difference}{unit}, 95 % interval [{low}, {high}]."
 
@@ -108,21 +89,17 @@ def conditions(report: dict[str, Any]) -> str:
     """Under which the figures of a report were measured, in one sentence.
 
     Args:
-        report (`dict`): As `distill` or `prune_classifier` returns it.
+        report (`dict`): As `distill`, `prune_classifier` or `quantize_classifier` returns it.
 
     Returns:
         `str`: Rows, device, threads, dtype, batch, sequence length and versions.
     """
-    if "pruning" in report:
-        made = f"calibrated on {report['texts_calibrated_on']} texts"
-    else:
-        made = f"trained on {report['rows_trained_on']}"
+    words = words_of(report)
     c = report["latency"]["conditions"]
     first = next(iter(report["latency"]["latency"].values()))
     dtypes = {latency["dtype"] for latency in report["latency"]["latency"].values()}
-    work = "zeros: of the weights inside the blocks, stored in fewer bytes" if is_sparse(report) else "MACs per row"
     return (
-        f"Quality on {report['rows_measured_on']} rows, {made}; {work}; faster: "
+        f"Quality on {report['rows_measured_on']} rows, {words.made(report)}; {words.note}; faster: "
         f"ratio of median latencies, interleaved (the first took {1000 * first['median_s']:.0f} ms), "
         f"of a batch of {c['batch_size']} rows of {c['sequence_length']} tokens, {'/'.join(sorted(dtypes))}, "
         f"{c['device']} ({c['processor']}), {c['threads']} threads, torch {c['torch_version']}, "
@@ -135,71 +112,66 @@ def title(report: dict[str, Any]) -> str:
     """What a report is about.
 
     Args:
-        report (`dict`): As `distill` or `prune_classifier` returns it.
+        report (`dict`): As `distill`, `prune_classifier` or `quantize_classifier` returns it.
 
     Returns:
         `str`: A heading.
     """
-    if "pruning" not in report:
-        return f"A {report['job']['student_layers']}-layer student, trained on {report['job']['dataset']}"
-    what = "zeros" if is_sparse(report) else "budget"
-    *others, last = (f"{100 * model[what]:.4g} %" for model in report["models"][1:])
-    shares = f"{', '.join(others)} and {last}" if others else last
-    if is_sparse(report):
-        return f"{shares} of the blocks' weights made 0"
-    return f"Pruned to {shares} of {_COSTS[report['pruning']['cost']]}"
+    return words_of(report).title(report)
 
 
 def markdown(report: dict[str, Any]) -> str:
     """The report as a page.
 
     Args:
-        report (`dict`): As `distill` or `prune_classifier` returns it.
+        report (`dict`): As `distill`, `prune_classifier` or `quantize_classifier` returns it.
 
     Returns:
         `str`: Markdown.
     """
     headings, *rows = table_rows(report)
     lines = ["| " + " | ".join(row) + " |" for row in (headings, ("---",) * len(headings), *rows)]
-    how = "pruning" if "pruning" in report else "training"
-    values = {name: " ".join(map(str, v)) if isinstance(v, list) else v for name, v in report[how].items()}
-    settings = ", ".join(f"{name} {value}" for name, value in values.items() if value not in (None, ""))
-    data = f", with texts of `{report['job']['dataset']}`" if "pruning" in report else ""
+    words = words_of(report)
+    data = f", {words.data} `{report['job']['dataset']}`" if words.data else ""
     parts = (
         f"# {title(report)}",
         f"Of `{report['job']['model']}`{data}.",
         "\n".join(lines),
         *(f"![{caption(report)}: {name}]({figure})" for name, figure in figures(report).items()),
         gain(report),
+        *words.remarks(report),
         conditions(report),
-        f"{how.capitalize()}: {settings}.",
+        *(f"```text\n{block}\n```" for block in words.blocks(report)),
+        words.settings(report),
     )
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def figures(report: dict[str, Any]) -> dict[str, str]:
-    """Files of the figures that belong to a report, by model; beside it.
+    """Files of the figures that belong to a report, beside it: by model, or by what they show.
 
     Args:
-        report (`dict`): As `distill` or `prune_classifier` returns it; that of the former has none.
+        report (`dict`): As `distill`, `prune_classifier` or `quantize_classifier` returns it; that of the former has none.
     """
-    return {model["name"]: model["figure"] for model in report["models"] if "figure" in model}
+    return {model["name"]: model["figure"] for model in report["models"] if "figure" in model} | report.get(
+        "figures", {}
+    )
 
 
 def caption(report: dict[str, Any]) -> str:
-    """What the figures of a pruning show.
+    """What the figures of a report show.
 
     Args:
-        report (`dict`): As `prune_classifier` returns it.
+        report (`dict`): As `prune_classifier` or `quantize_classifier` returns it.
     """
-    return "Zeros and output errors per layer" if is_sparse(report) else "Heads and neurons per layer"
+    return words_of(report).caption
 
 
 def show_report(report: dict[str, Any], folder: str | Path) -> None:
     """Shows the table on the terminal, and what to type next.
 
     Args:
-        report (`dict`): As `distill` or `prune_classifier` returns it.
+        report (`dict`): As `distill`, `prune_classifier` or `quantize_classifier` returns it.
         folder (`str` or `Path`): The run's folder.
     """
     from rich import box
@@ -220,25 +192,19 @@ def show_report(report: dict[str, Any], folder: str | Path) -> None:
     for column in table.columns[1:]:
         column.justify = "right"
     console.print(table)
-    if gain(report):
-        console.print(gain(report))
+    for remark in (gain(report), *words_of(report).remarks(report)):
+        if remark:
+            console.print(remark)
     console.print(conditions(report), style="dim")
     console.print(f"\nAll figures: {folder / 'report.json'}, {folder / 'report.md'}", soft_wrap=True)
     if figures(report):
         drawn = ", ".join(str(folder / figure) for figure in figures(report).values())
         console.print(f"{caption(report)}: {drawn}", soft_wrap=True)
     made = report["models"][1]
-    what = "pruned model" if "pruning" in report else "student"
+    words = words_of(report)
     needs_plugin = made["needs_hf_compress"]
     loads = "loads after `import hf_compress`" if needs_plugin else "is a stock checkpoint and needs no plug-in"
-    console.print(f"What next? The {what} {loads}:\n")
+    console.print(f"What next? The {words.model} {loads}:\n")
     code = f"from transformers import pipeline\nclassify = pipeline('text-classification', '{folder / made['name']}')"
     console.print("import hf_compress\n" * needs_plugin + code, style="bold", soft_wrap=True)
-    if "pruning" in report:
-        keeper = ", with a PruningCallback that keeps its zeros" if is_sparse(report) else ""
-        console.print(
-            f"\nTo win back what it lost, train it with the dense model as its teacher: DistillationTrainer{keeper}.",
-            soft_wrap=True,
-        )
-    else:
-        console.print("\nYour own model and data: hf-compress distill --help")
+    console.print(f"\n{words.advice}", soft_wrap=True)

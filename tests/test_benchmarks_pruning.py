@@ -195,7 +195,14 @@ def test_cells_of_single_weights_are_of_saved_models_and_done_once(sparse, monke
     module, bench, _ = sparse
     cells = {
         (method, level): bench.cell("trec", method, level, 0)
-        for method, level in (("magnitude", "2:4"), ("sparsegpt", "0.5"), ("sparsegpt", "0.8"), ("sparsegpt-8", "0.8"))
+        for method, level in (
+            ("magnitude", "2:4"),
+            ("sparsegpt", "0.5"),
+            ("sparsegpt", "0.8"),
+            ("sparsegpt-8", "0.8"),
+            ("ours", "0.5"),
+            ("magnitude-repaired-8", "0.8"),
+        )
     }
     for (_, level), cell in cells.items():
         share = 0.5 if level == "2:4" else float(level)
@@ -210,9 +217,10 @@ def test_cells_of_single_weights_are_of_saved_models_and_done_once(sparse, monke
     assert tasks["trec"]["methods"]["sparsegpt"]["0.8"]["mean"] == cells["sparsegpt", "0.8"]["score"]
     found = tasks["trec"]["goals"]
     gained = 100 * (cells["sparsegpt-8", "0.8"]["score"] - cells["sparsegpt", "0.8"]["score"])
-    assert found["8 rounds over 1 at 80 %, points"] == {"wanda": None, "sparsegpt": pytest.approx(gained)}
-    lost = 75 - 100 * cells["sparsegpt", "0.5"]["score"]
-    assert found["sparsegpt at 50 % below dense, points"] == pytest.approx(lost)
+    gains = {"wanda": None, "sparsegpt": pytest.approx(gained), "magnitude-repaired": None, "ours": None}
+    assert found["8 rounds over 1 at 80 %, points"] == gains
+    lost = {method: pytest.approx(75 - 100 * cells[method, "0.5"]["score"]) for method in ("sparsegpt", "ours")}
+    assert found["below dense at 50 %, points"] == lost
     shown = module.table(tasks, {"trec": {"dense": 0.75, "magnitude": {"mean": 0.6, "sd": None, "retention": 0.8}}})
     assert "trec, accuracy, dense 75.0" in shown
     assert "| bytes of the weights | 53.1 |  |  | 23." in shown
@@ -240,3 +248,17 @@ def test_trained_cells_end_at_their_sparsity(sparse, kind):
     # A model of another sparsity gets no score.
     with pytest.raises(RuntimeError, match="of the weights are 0"):
         bench.score("trec", bench.teacher("trec"))
+
+
+def test_cells_of_single_weights_keep_their_meaning(sparse):
+    module, _, _ = sparse
+    configs = {method: module.config_of(method, "0.8", seed=0) for method in module.METHODS}
+    assert {method for method, config in configs.items() if config.is_repaired} == {
+        "ours", "ours-8", "magnitude-repaired", "magnitude-repaired-8",
+    }  # fmt: skip
+    assert configs["ours"] == module.UnstructuredPruningConfig(0.8)
+    assert {method for method in module.METHODS if module.levels_of(method) == ("0.8",)} == {
+        method for method, config in configs.items() if config.steps == 8
+    }
+    assert list(module.seeds_of("magnitude", 3)) == [0]
+    assert list(module.seeds_of("magnitude-repaired", 3)) == [0, 1, 2]

@@ -17,7 +17,8 @@ from hf_compress.checkpoint.widths import read_widths
 from hf_compress.cli import main, parse_prune
 from hf_compress.data import load_splits
 from hf_compress.job import PruneJob
-from hf_compress.prune_run import CALIBRATION_BATCH, prepare, prune_classifier
+from hf_compress.material import CALIBRATION_BATCH
+from hf_compress.prune_run import prepare, prune_classifier
 from hf_compress.report import markdown
 from tests.tiny_job import files_of, make_inputs, quality, tiny_texts, write_rows
 

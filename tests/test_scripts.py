@@ -64,7 +64,8 @@ def test_quantize_bert(number_format, tmp_path):
     shown = run("quantize_bert.py", tmp_path, *words, "--max-length", 16, "--output-dir", output)
     assert "accuracy" in shown
     assert number_format in shown
-    assert AutoModelForSequenceClassification.from_pretrained(output).is_quantized
+    assert json.loads((output / "report.json").read_text())["models"][1]["name"] == number_format
+    assert AutoModelForSequenceClassification.from_pretrained(output / number_format).is_quantized
 
 
 def test_help_of_pruning(tmp_path):

@@ -16,7 +16,7 @@ INPUT_BITS = (1, 2, 4, 8, FLOAT)
 _OFFSET = 128
 
 
-def binary_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def binary_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The signs of each row around its mean, and the scale that brings them closest to it.
 
     B = sign(W - mean W) and alpha = mean |W - mean W|: Rastegari et al., "XNOR-Net" (2016), equation 6, of centred
@@ -26,13 +26,12 @@ def binary_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.T
         rows (`torch.Tensor`): Of shape (outputs, inputs).
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: In float32: the signs, -1 or +1, of the same shape; the
-        scales, and the means, of shape (outputs,). The scale of a row of equal numbers is 0.
+        `tuple[torch.Tensor, torch.Tensor]`: In float32: the signs, -1 or +1, of the same shape, and the scales, of
+        shape (outputs,). The scale of a row of equal numbers is 0.
     """
     rows = rows.float()
-    means = rows.mean(1)
-    centred = rows - means[:, None]
-    return torch.where(centred < 0, -1.0, 1.0), centred.abs().mean(1), means
+    centred = rows - rows.mean(1, keepdim=True)
+    return torch.where(centred < 0, -1.0, 1.0), torch.linalg.vector_norm(centred, 1, dim=1) / rows.shape[1]
 
 
 def input_levels(bits: int, is_signed: bool) -> tuple[int, int]:
@@ -144,7 +143,7 @@ class BinaryLinear(PackedLinear):
         """
         n_outputs, n_inputs = weight.shape
         module = cls(n_inputs, n_outputs, bias is not None, weight.device, weight.dtype, **fields)
-        signs, scales, _ = binary_rows(weight.detach())
+        signs, scales = binary_rows(weight.detach())
         module.weight = pack_bits((signs > 0).to(torch.uint8), 1).view(torch.int8)[None].contiguous()
         module.weight_scale = scales
         if bias is not None:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import nn
 
-from hf_compress.formats.int8_kernels import LARGEST, Product, Rounded, kernel_for, rescale, round_once
+from hf_compress.formats.int8_kernels import LARGEST, Product, kernel_for, rescale
 from hf_compress.formats.packed import PackedEmbedding, PackedLinear
 
 
@@ -110,19 +110,15 @@ class Int8Linear(PackedLinear):
         dtype, shape = hidden_states.dtype, (*hidden_states.shape[:-1], self.out_features)
         if 0 in shape:
             return hidden_states.new_empty(shape)
-        is_shared = "smooth" not in self.fields
-        rounded = round_once(hidden_states, self._round) if is_shared else self._round(hidden_states)
-        outputs = rescale(self._product()(rounded[0]), rounded[1], self.bias)
-        # In a small model, calls that would return the same tensor are some of the time.
-        return (outputs if dtype is torch.float32 else outputs.to(dtype)).view(shape)
-
-    def _round(self, hidden_states: torch.Tensor) -> Rounded:
         tokens = hidden_states.reshape(-1, self.in_features)
-        if tokens.dtype is not torch.float32:
+        # In a small model, calls that would return the same tensor are some of the time.
+        if dtype is not torch.float32:
             tokens = tokens.float()
         if "smooth" in self.fields:
             tokens = tokens * self.input_scale
-        return kernel_for(tokens.device.type).round_tokens(tokens)
+        numbers, factors = kernel_for(tokens.device.type).round_tokens(tokens)
+        outputs = rescale(self._product()(numbers), factors, self.bias)
+        return (outputs if dtype is torch.float32 else outputs.to(dtype)).view(shape)
 
     def _product(self) -> Product:
         buffers, known = self._buffers, self._prepared

@@ -1,15 +1,13 @@
 """Products of hidden states with eight-bit weights, by the fastest way that is exact on this machine.
 
-All ways round tokens and multiply integers alike, y = (q_x q_w^T) s_x s_w + b, and differ in nothing but speed: a model
-predicts the same wherever it runs, up to the rounding of float32.
+All ways round tokens and multiply integers alike, y = (q_x q_w^T) s_x s_w + b, and differ in nothing but speed: a
+model predicts the same wherever it runs, up to the rounding of float32.
 """
 
 import logging
-import threading
-import weakref
 from collections.abc import Callable
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import pad
@@ -77,43 +75,6 @@ def rescale(numbers: torch.Tensor, factors: torch.Tensor, bias: torch.Tensor | N
         `torch.Tensor`: y, in the place of z.
     """
     return numbers.mul_(factors) if bias is None else torch.addcmul(bias.float(), numbers, factors, out=numbers)
-
-
-class _Last(threading.local):
-    """The hidden states that a thread rounded last."""
-
-    source: Callable[[], Any] = staticmethod(lambda: None)
-    version = 0
-    rounded: Rounded | None = None
-
-
-_last = _Last()
-
-
-def round_once(hidden_states: torch.Tensor, round_: Callable[[torch.Tensor], Rounded]) -> Rounded:
-    """Rounds hidden states, unless they are those of the last call and were not changed since.
-
-    Queries, keys and values are made of the same hidden states. Nothing is kept longer than these.
-
-    Args:
-        hidden_states (`torch.Tensor`): Of any shape.
-        round_ (`Callable`): What rounds them: always the same for tensors on one kind of device.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: Integers and factors.
-    """
-    # Tensors that were made in inference mode do not count their changes.
-    if hidden_states.is_inference() or torch.compiler.is_compiling():
-        return round_(hidden_states)
-    if _last.source() is not hidden_states or _last.version != hidden_states._version:
-        _last.rounded = round_(hidden_states)
-        _last.source, _last.version = weakref.ref(hidden_states, _forget), hidden_states._version
-    return _last.rounded
-
-
-def _forget(source: Callable[[], Any]) -> None:
-    if _last.source is source:
-        _last.rounded = None
 
 
 @cache

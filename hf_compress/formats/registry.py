@@ -2,11 +2,11 @@
 
 from hf_compress.formats.binary import BinaryLinear
 from hf_compress.formats.fixed_point_modules import FixedPointEmbedding, FixedPointLinear
-from hf_compress.formats.int8 import Int8Linear
+from hf_compress.formats.int8 import Int8Embedding, Int8Linear
 from hf_compress.formats.packed import PackedEmbedding, PackedLinear, PackedModule
 
 LINEARS: dict[str, type[PackedLinear]] = {kind.format: kind for kind in (BinaryLinear, FixedPointLinear, Int8Linear)}
-EMBEDDINGS: dict[str, type[PackedEmbedding]] = {kind.format: kind for kind in (FixedPointEmbedding,)}
+EMBEDDINGS: dict[str, type[PackedEmbedding]] = {kind.format: kind for kind in (FixedPointEmbedding, Int8Embedding)}
 
 
 def class_of(name: str) -> type[PackedModule]:

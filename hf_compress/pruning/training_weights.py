@@ -83,13 +83,18 @@ class WeightPruning:
         config (`UnstructuredPruningConfig`): Which weights, how many in the end, and how they are chosen.
 
     Raises:
-        ValueError: if the config asks for several steps.
+        ValueError: if the config asks for several steps, or for a repair.
     """
 
     def __init__(self, config: UnstructuredPruningConfig) -> None:
         if config.steps != 1:
             raise ValueError(f"steps={config.steps} does not fit a schedule: leave steps=1, and give n_updates.")
-        self.config = config
+        if config.repair == "least_squares":
+            raise ValueError(
+                "repair='least_squares' fits what is left to the model before the training, and the training itself "
+                "makes up for what goes: leave repair out."
+            )
+        self.config = config = replace(config, repair="none")
         self.needs_data = config.needs_data
         # Those with data take a forward pass over all of it each time.
         self.default_updates = 8 if config.score in DATA_SCORES else 32

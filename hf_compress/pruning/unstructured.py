@@ -1,5 +1,6 @@
 """Pruning of single weights of a live model: all projections inside its blocks, from the first block to the last."""
 
+import copy
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
@@ -29,6 +30,7 @@ from hf_compress.pruning.sensitivity import frozen
 from hf_compress.pruning.sparsegpt import hessian_sums, inverse_factor, prune_compensated, removal_costs
 from hf_compress.pruning.unstructured_config import DATA_SCORES, UnstructuredPruningConfig
 from hf_compress.pruning.weight_layers import Layer, choose_layers, find_layers, match_layers
+from hf_compress.pruning.weight_refit import WeightRepair
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +42,7 @@ def prune_unstructured_(model: nn.Module, config: UnstructuredPruningConfig, dat
 
     Embeddings, task heads, norms, biases and what else is outside of the blocks stay whole, tied weights among them.
     Where all layers share a block, its weights are pruned once, by the inputs of all. Blocks are pruned from the first
-    to the last, so that each is fitted to what it gets from pruned ones.
+    to the last, so that each is fitted to what it gets from pruned ones; a repair holds a copy of the unpruned model.
 
     Args:
         model (`nn.Module`): A Transformers model of a known architecture, not quantized.
@@ -61,7 +63,8 @@ def prune_unstructured_(model: nn.Module, config: UnstructuredPruningConfig, dat
         )
     layers = choose_layers(model, config)
     batches = read_calibration(model, layers, config, data)
-    with frozen(model):
+    reference = copy.deepcopy(model) if config.is_repaired else model
+    with frozen(model), frozen(reference):
         shares = allocate(model, layers, config, batches)
         for step in range(1, config.steps + 1):
             progress = step / config.steps
@@ -71,7 +74,8 @@ def prune_unstructured_(model: nn.Module, config: UnstructuredPruningConfig, dat
                 lambda selection, progress=progress: selection.after(progress),
                 lambda: survey(model, layers, config, batches),
             )
-            sweep_(model, layers, config, batches, selections)
+            repair = WeightRepair(model, reference, layers, config.ridge, batches) if config.is_repaired else None
+            sweep_(model, layers, config, batches, selections, repair=repair)
     mark_pruned_(model, layers)
 
 
@@ -94,7 +98,7 @@ def mark_pruned_(model: nn.Module, layers: Sequence[Layer]) -> None:
 def read_calibration(
     model: nn.Module, layers: Sequence[Layer], config: UnstructuredPruningConfig, data: Data | None
 ) -> list[Batch]:
-    """The batches that a config needs: none for scores of the weights alone.
+    """The batches that a config needs: none for scores of the weights alone that nothing makes up for.
 
     Args:
         model (`nn.Module`): A Transformers model.
@@ -115,11 +119,12 @@ def read_calibration(
         data = data.batches
     if data is None:
         raise ValueError(
-            f"score={config.score!r} with allocation={config.allocation!r} is computed from data, but data=None: give "
-            "some hundred texts as tokenized batches, or take score='magnitude' with allocation='uniform'."
+            f"score={config.score!r} with allocation={config.allocation!r} and repair={config.repair!r} is computed "
+            "from data, but data=None: give some hundred texts as tokenized batches, or take score='magnitude' with "
+            "allocation='uniform' and repair='none'."
         )
     batches = read_batches(model, data)
-    if config.score == "sparsegpt":
+    if config.score == "sparsegpt" or config.is_repaired:
         widest = max(layer.weight.shape[1] for layer in layers)
         stack = layers[0].block.stack
         warn_of_few_tokens(batches, stack, widest, "what is left is fitted to these texts alone")
@@ -231,6 +236,7 @@ def sweep_(
     batches: Sequence[Batch],
     selections: Mapping[str, Selection],
     gone: Mapping[str, torch.Tensor] | None = None,
+    repair: WeightRepair | None = None,
 ) -> dict[str, torch.Tensor]:
     """Prunes all layers once, in place, each by what it reads after those before it were pruned.
 
@@ -242,6 +248,7 @@ def sweep_(
         selections (`Mapping[str, Selection]`): By layer, how many weights go, those that are 0 already included.
         gone (`Mapping[str, torch.Tensor]`, *optional*): By layer, masks of weights that go before all others. Not for
             `"sparsegpt"`, which makes up for what goes with weights that were 0, and chooses among all.
+        repair (`WeightRepair`, *optional*): Makes up for what went, before the next block is pruned.
 
     Returns:
         `dict[str, torch.Tensor]`: By layer, the mask of what went, of shape (outputs, inputs).
@@ -259,6 +266,8 @@ def sweep_(
         generator = torch.Generator().manual_seed(config.seed)
         for layer in layers:
             zero_(layer, blind_scores(layer.weight, config.score, generator))
+        for name, _ in groupby(layers, lambda layer: layer.block.name) if repair else ():
+            repair.repair_(name)
         return masks
     for mine, means in walk(model, layers, batches, _total(config), "Pruning weights"):
         for layer in mine:
@@ -272,6 +281,8 @@ def sweep_(
                 left = prune_compensated(layer.weight, factor, selection, config.sweep_width)
                 write_matrix_(layer.module, left)
                 masks[layer.name] = left == 0
+        if repair:
+            repair.repair_(mine[0].block.name)
     return masks
 
 

@@ -7,6 +7,7 @@ from typing import Literal
 
 WeightScore = Literal["sparsegpt", "wanda", "magnitude", "l1", "l2", "random", "movement"]
 WeightScope = Literal["layer", "row", "global"]
+WeightRepairKind = Literal["least_squares", "none"]
 Precision = Literal["float32", "float64"]
 # What is computed from the inputs of the layers.
 DATA_SCORES = ("sparsegpt", "wanda")
@@ -59,9 +60,21 @@ class UnstructuredPruningConfig:
     steps: int = field(
         default=1,
         metadata={
-            "help": "Prune in so many rounds, each with inputs read anew: (1 - sparsity)^(1/steps) of the weights are "
-            "left each time. Pays off for 'sparsegpt' at high sparsity; 'wanda' has nothing to make up with."
+            "help": "Prune in so many rounds, each with scores and a repair anew: (1 - sparsity)^(1/steps) of the "
+            "weights are left each time. Pays off at high sparsity."
         },
+    )
+    repair: WeightRepairKind | None = field(
+        default=None,
+        metadata={
+            "help": "What makes up for the weights that go: 'least_squares' fits what each layer keeps, from the first "
+            "to the last, to the unpruned model, which takes data; 'none'. By default 'least_squares' where scores or "
+            "sparsities are computed from data, else 'none'. Not in a training, which repairs by itself."
+        },
+    )
+    ridge: float = field(
+        default=0.1,
+        metadata={"help": "Pull of the repair towards the old weights, in units of the mean variance of the inputs."},
     )
     exclude: Sequence[str] = field(
         default=(),
@@ -136,8 +149,17 @@ class UnstructuredPruningConfig:
         return self.scope or ("row" if self.score == "wanda" else "layer")
 
     @property
+    def is_repaired(self) -> bool:
+        """Whether the weights that are left make up for those that go; `repair`, filled in."""
+        return self._ranks_by_data if self.repair is None else self.repair == "least_squares"
+
+    @property
     def needs_data(self) -> bool:
-        """Whether scores or sparsities are computed from calibration data."""
+        """Whether scores, sparsities or a repair are computed from calibration data."""
+        return self._ranks_by_data or self.is_repaired
+
+    @property
+    def _ranks_by_data(self) -> bool:
         return self.score in DATA_SCORES or self.allocation == "owl"
 
     def _check_pattern(self) -> None:
@@ -177,8 +199,9 @@ class UnstructuredPruningConfig:
         for name in ("damping", "outlier_factor"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)!r}: give a number above 0.")
-        if not self.outlier_spread >= 0:
-            raise ValueError(f"outlier_spread={self.outlier_spread!r}: give a number of at least 0.")
+        for name in ("outlier_spread", "ridge"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)!r}: give a number of at least 0.")
 
     def _check_together(self) -> None:
         if self.group is not None and self.sparsity not in (None, self.target):
@@ -193,10 +216,12 @@ class UnstructuredPruningConfig:
             )
         if self.scope == "global" and self.allocation != "uniform":
             raise ValueError("scope='global' decides how much each layer keeps: leave out allocation, or scope.")
-        if self.steps > 1 and self.score not in DATA_SCORES:
+        changes = self.score in DATA_SCORES or (self.is_repaired and self.score != "random")
+        if self.steps > 1 and not changes:
             raise ValueError(
-                f"score={self.score!r} does not change from round to round, so steps={self.steps} would give what one "
-                "gives: leave steps=1, or take score='sparsegpt'."
+                f"score={self.score!r} with repair={self.repair!r} does not change from round to round, so "
+                f"steps={self.steps} would give what one gives: leave steps=1, or take score='sparsegpt', or "
+                "score='magnitude' with repair='least_squares'."
             )
 
 
@@ -210,5 +235,6 @@ def _read_pattern(pattern: str | Sequence[int] | None) -> str | tuple[int, ...] 
 _CHOICES = {
     "score": WeightScore.__args__,
     "scope": (*WeightScope.__args__, None),
+    "repair": (*WeightRepairKind.__args__, None),
     "precision": Precision.__args__,
 }

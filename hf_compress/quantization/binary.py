@@ -23,7 +23,7 @@ from hf_compress.quantization.fake_quant import (
     scale_gradient,
     straight_through,
 )
-from hf_compress.quantization.modules import choose_modules, replace_
+from hf_compress.quantization.modules import check_finite, choose_modules, replace_
 from hf_compress.quantization.observers import read_batch
 
 logger = logging.getLogger(__name__)
@@ -97,10 +97,10 @@ def binary_weight(matrix: torch.Tensor) -> Rounded:
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: In float32, of shape (outputs, inputs) and (outputs,).
     """
-    signs, scales, means = binary_rows(matrix.detach())
-    # Rows without a scale are all zeros, and stay so.
-    divisors = torch.where(scales == 0, 1.0, scales)[:, None]
-    return straight_through((matrix.float() - means[:, None]) / divisors, signs), scales
+    signs, scales = binary_rows(matrix.detach())
+    # Rows without a scale are of equal weights, and get no gradient.
+    slopes = torch.where(scales == 0, 0.0, 1 / scales)[:, None]
+    return straight_through(matrix, signs, slopes), scales
 
 
 class ElasticInputs(Inputs):
@@ -204,9 +204,12 @@ def prepare_binary_(model: PreTrainedModel, config: BinaryConfig, data: Iterable
         data (`Iterable[Mapping[str, torch.Tensor]]`, *optional*): Batches that the scales are fitted to.
 
     Raises:
-        ValueError: if the inputs are to be rounded and there are no data.
+        ValueError: if a weight is not finite, or the inputs are to be rounded and the data are missing or do not
+            reach all projections. The model is as it was.
     """
     chosen = choose_modules(model, config.exclude)
+    for name, module in chosen.items():
+        check_finite(name, module.weight)
     batches = read_batches(model, data, config.activations)
 
     def parts(name: str, module: nn.Module) -> dict[str, Any]:
@@ -230,7 +233,8 @@ def quantize_binary_(model: PreTrainedModel, config: BinaryConfig, data: Iterabl
         data (`Iterable[Mapping[str, torch.Tensor]]`, *optional*): For a model that was not prepared.
 
     Raises:
-        ValueError: if the model is quantized already, or was not prepared and there are no data for its inputs.
+        ValueError: if the model is quantized already, a weight is not finite, or the model was not prepared and there
+            are no data for its inputs.
     """
     if not fake_quantized(model):
         logger.warning(
@@ -241,6 +245,8 @@ def quantize_binary_(model: PreTrainedModel, config: BinaryConfig, data: Iterabl
         )
         prepare_binary_(model, config, data)
     chosen = choose_modules(model, config.exclude)
+    for name, module in chosen.items():
+        check_finite(name, module.weight)
     replace_(model, chosen, _pack)
 
 

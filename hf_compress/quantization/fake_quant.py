@@ -21,7 +21,7 @@ Rounded = tuple[torch.Tensor, torch.Tensor]
 """Numbers of a format, and the scales that they are multiplied by."""
 
 
-def straight_through(values: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
+def straight_through(values: torch.Tensor, rounded: torch.Tensor, slope: torch.Tensor | None = None) -> torch.Tensor:
     """Rounded values with the gradient of those that they were rounded from.
 
     Bengio et al., "Estimating or Propagating Gradients Through Stochastic Neurons" (2013).
@@ -29,11 +29,13 @@ def straight_through(values: torch.Tensor, rounded: torch.Tensor) -> torch.Tenso
     Args:
         values (`torch.Tensor`): Of any shape; gradients go here.
         rounded (`torch.Tensor`): Of the same shape; what is returned, bit for bit.
+        slope (`torch.Tensor`, *optional*): What gradients are multiplied by, where `rounded` stands for multiples of
+            `values`; must broadcast to that shape.
 
     Returns:
         `torch.Tensor`: Of the dtype of `rounded`.
     """
-    return _StraightThrough.apply(values, rounded.detach())
+    return _StraightThrough.apply(values, rounded.detach(), slope)
 
 
 def scale_gradient(values: torch.Tensor, factor: float) -> torch.Tensor:
@@ -51,13 +53,14 @@ def scale_gradient(values: torch.Tensor, factor: float) -> torch.Tensor:
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, values, rounded):
-        ctx.dtype = values.dtype
+    def forward(ctx, values, rounded, slope):
+        ctx.dtype, ctx.slope = values.dtype, slope
         return rounded.view_as(rounded)
 
     @staticmethod
     def backward(ctx, gradient):
-        return gradient.to(ctx.dtype), None
+        gradient = gradient if ctx.slope is None else gradient * ctx.slope
+        return gradient.to(ctx.dtype), None, None
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -82,7 +85,7 @@ def int8_rows(rows: torch.Tensor) -> Rounded:
         (..., 1), which are taken for constants.
     """
     numbers, scales = quantize_rows(rows.detach())
-    return straight_through(rows.float() / scales, numbers.float()), scales
+    return straight_through(rows, numbers.float(), 1 / scales), scales
 
 
 def int8_weight(matrix: torch.Tensor) -> Rounded:

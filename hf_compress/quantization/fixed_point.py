@@ -20,7 +20,7 @@ from hf_compress.formats.packed import PackedModule
 from hf_compress.modeling.projections import read_matrix
 from hf_compress.quantization.config import FixedPointConfig
 from hf_compress.quantization.fake_quant import FakeQuantProjection, fake_quantized
-from hf_compress.quantization.modules import choose_modules, replace_
+from hf_compress.quantization.modules import check_finite, choose_modules, replace_
 from hf_compress.quantization.observers import Histogram, observe_inputs
 from hf_compress.quantization.ranges import mse_range, percentile_range
 
@@ -47,7 +47,7 @@ def quantize_fixed_point_(
     """
     modules = choose_modules(model, config.exclude, config.embeddings)
     for name, module in modules.items():
-        _check_finite(name, module.weight)
+        check_finite(name, module.weight)
     inputs: dict[str, Histogram] = {}
     if config.activations is not None and not fake_quantized(model):
         if data is None:
@@ -146,11 +146,3 @@ def _fit(
     if ranges == "percentile":
         return fit(*percentile_range(values, counts, config.percentile))
     return fit(*values.aminmax(dim=1))
-
-
-def _check_finite(name: str, weight: torch.Tensor) -> None:
-    if not torch.isfinite(weight).all():
-        raise ValueError(
-            f"The weights of {name} hold NaN or infinity, which no integer stands for: load a checkpoint with finite "
-            f"weights, or add {name!r} to exclude."
-        )

@@ -4,6 +4,7 @@ import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -72,6 +73,23 @@ def check_float(model: PreTrainedModel) -> None:
         raise ValueError(
             f"The model {type(model).__name__} is quantized already ({type(method).__name__}), and rounding it again "
             "would add one error to another: load the model in floating point, and quantize that."
+        )
+
+
+def check_finite(name: str, weight: torch.Tensor) -> None:
+    """Raises if a weight cannot be rounded.
+
+    Args:
+        name (`str`): Name of the module, for the message.
+        weight (`torch.Tensor`): Its weight.
+
+    Raises:
+        ValueError: if a number is NaN or infinite.
+    """
+    if not torch.isfinite(weight).all():
+        raise ValueError(
+            f"The weights of {name} hold NaN or infinity, which no integer stands for: load a checkpoint with finite "
+            f"weights, or add {name!r} to exclude."
         )
 
 

@@ -1,6 +1,6 @@
 """What the projections of a model read on calibration data: exact extremes, and counts of the numbers between."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -79,6 +79,31 @@ def observe_inputs(
         TypeError: if the batches are no dicts of tensors.
     """
     found = {name: Histogram() for name in modules}
+    visit_inputs(model, modules, data, lambda name, inputs: found[name].add(inputs))
+    for name, histogram in found.items():
+        _check(name, histogram)
+    return found
+
+
+def visit_inputs(
+    model: PreTrainedModel,
+    modules: Mapping[str, nn.Module],
+    data: Iterable[Mapping[str, Any]],
+    visit: Callable[[str, torch.Tensor], None],
+) -> None:
+    """Runs a model, and calls a function with what modules read, of real tokens alone.
+
+    Args:
+        model (`PreTrainedModel`): Is run without dropout, and left in the mode that it was in.
+        modules (`Mapping[str, nn.Module]`): Some of its modules by name.
+        data (`Iterable[Mapping[str, torch.Tensor]]`): Batches of inputs.
+        visit (`Callable`): Called as `visit(name, inputs)`, where inputs have the shape (tokens, channels) if an
+            attention mask tells tokens from padding, else (..., channels).
+
+    Raises:
+        ValueError: if there is no batch.
+        TypeError: if the batches are no dicts of tensors.
+    """
     in_decoder = _modules_of_decoder(model)
     was_training = model.training
     model.eval()
@@ -90,19 +115,16 @@ def observe_inputs(
                 for name, module in modules.items():
                     mask = _mask(inputs, module in in_decoder)
 
-                    def count(_: nn.Module, args: tuple, name: str = name, mask: torch.Tensor | None = mask) -> None:
-                        found[name].add(_real_tokens(args[0], mask))
+                    def hook(_: nn.Module, args: tuple, name: str = name, mask: torch.Tensor | None = mask) -> None:
+                        visit(name, _real_tokens(args[0], mask))
 
-                    hooks.enter_context(module.register_forward_pre_hook(count))
+                    hooks.enter_context(module.register_forward_pre_hook(hook))
                 model(**inputs)
             n_batches += 1
     finally:
         model.train(was_training)
     if not n_batches:
         raise ValueError("The calibration data hold no batch: give an iterable of dicts of tensors, a DataLoader say.")
-    for name, histogram in found.items():
-        _check(name, histogram)
-    return found
 
 
 def read_batch(model: PreTrainedModel, batch: Any) -> dict[str, torch.Tensor]:

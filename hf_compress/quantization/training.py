@@ -136,11 +136,21 @@ class BinaryCurriculum(TrainerCallback):
 
 
 def _prepare_int8_(model: PreTrainedModel, config: Int8DynamicConfig, data: Data | None) -> None:
+    if config.smooth is not None:
+        raise ValueError(
+            f"smooth={config.smooth} changes what is rounded after the training, which would be for nothing: leave "
+            "smooth out; weights learn to suit their inputs."
+        )
+
     def parts(name: str, module: nn.Module) -> dict[str, Any]:
         if isinstance(module, nn.Embedding):
             return {"round_rows": int8_table_rows}
         return {"round_weight": int8_weight, "input_norm": Int8Inputs()}
 
+    if config.smooth is not None:
+        raise ValueError(
+            f"smooth={config.smooth} is for models that are not trained: leave it out, training learns it."
+        )
     attach_(choose_modules(model, config.exclude, config.embeddings), config, parts)
 
 

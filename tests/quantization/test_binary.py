@@ -85,6 +85,13 @@ def test_without_data_nothing_is_done():
     assert difference(predict(model, tiny_batch(model)), before) == 0
 
 
+def test_weights_that_are_not_finite_are_refused():
+    model = tiny_model("bert")
+    model.bert.encoder.layer[1].output.dense.weight.data[0, 0] = torch.inf
+    with pytest.raises(ValueError, match="layer.1.output.dense hold NaN or infinity"):
+        quantize(model, BinaryConfig(activations=FLOAT))
+
+
 def test_excluded_modules_stay_in_floating_point():
     model = tiny_model("bert")
     quantized = quantize(model, BinaryConfig(activations=FLOAT, exclude=("bert.encoder.layer.1",)))

@@ -14,6 +14,7 @@ from tests.modeling.tiny import MODEL_TYPES, difference, predict, tiny_batch, ti
 CONFIGS = {
     "binary": BinaryConfig(activations=32),
     "int8": Int8DynamicConfig(),
+    "int8_embeddings": Int8DynamicConfig(embeddings=True),
     "fixed_point_4": FixedPointConfig(bits=4, granularity="group"),
     "fixed_point_16": FixedPointConfig(bits=16, granularity="per_tensor", power_of_two=True),
 }

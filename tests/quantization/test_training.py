@@ -24,7 +24,7 @@ from hf_compress.quantization.training import BinaryCurriculum, fake_quantize_, 
 from tests.distillation import tiny as distillation
 from tests.modeling.tiny import MODEL_TYPES, difference, predict, tiny_batch, tiny_model
 
-CONFIGS = {"int8": Int8DynamicConfig()} | {
+CONFIGS = {"int8": Int8DynamicConfig(), "int8-tables": Int8DynamicConfig(embeddings=True)} | {
     f"binary-{bits}": BinaryConfig(activations=bits) for bits in (1, 2, 4, 8, 32)
 }
 CONFIGS |= {
@@ -33,10 +33,10 @@ CONFIGS |= {
     "fixed-4-8": FixedPointConfig(bits=4, granularity="group", group_size=5, activations=8),
     "fixed-8-8-two": FixedPointConfig(activations=8, granularity="per_tensor", power_of_two=True),
 }
-# The formats with most to go wrong for every architecture, and all of them for one with transposed weights.
+# The formats with most to go wrong for every architecture, and all of them for two.
 EVERYWHERE = ("int8", "fixed-4-8", "binary-1", "binary-8")
 CASES = [(model_type, name) for model_type in MODEL_TYPES for name in EVERYWHERE]
-CASES += [("gpt2", name) for name in CONFIGS if name not in EVERYWHERE]
+CASES += [(model_type, name) for model_type in ("bert", "gpt2") for name in CONFIGS if name not in EVERYWHERE]
 
 
 def prepared(model, config):
@@ -294,6 +294,8 @@ def test_what_cannot_be_trained_for_is_refused():
     model = tiny_model("bert")
     with pytest.raises(TypeError, match="str: give one of"):
         fake_quantize_(model, "int8")
+    with pytest.raises(ValueError, match="smooth=0.5 .* leave smooth out"):
+        fake_quantize_(model, Int8DynamicConfig(smooth=0.5))
     with pytest.raises(ValueError, match="activations=4 needs data"):
         fake_quantize_(model, BinaryConfig(activations=4))
     with pytest.raises(ValueError, match="not prepared for weights of one bit"):

@@ -1,0 +1,142 @@
+import logging
+
+import pytest
+import torch
+
+from hf_compress.formats import int8_kernels
+from hf_compress.formats.int8 import Int8Linear, quantize_rows
+from hf_compress.formats.int8_kernels import (
+    CANDIDATES,
+    FLOAT32,
+    INT_MM_CUDA,
+    Kernel,
+    is_exact,
+    kernel_for,
+    largest_of_rows,
+    rescale,
+)
+
+EVERY = {kernel.name: kernel for kernel in (*CANDIDATES["cpu"], INT_MM_CUDA, FLOAT32)}
+# On this processor: those that are missing or clip are not used by `kernel_for` either.
+EXACT = [name for name, kernel in EVERY.items() if is_exact(kernel, "cpu")]
+
+
+def project(kernel: Kernel, tokens: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    numbers, factors = kernel.round_tokens(tokens)
+    return rescale(kernel.prepare(weight, scales)(numbers), factors, None)
+
+
+def test_a_product_in_float32_is_always_exact():
+    assert FLOAT32.name in EXACT
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 75, 37), (2, 3, 5), (19, 64, 8), (130, 33, 50)])
+@pytest.mark.parametrize("name", EXACT)
+def test_every_kernel_gives_the_formula(name, shape):
+    n_tokens, n_inputs, n_outputs = shape
+    generator = torch.Generator().manual_seed(0)
+    # Whole numbers, and a power of two as step: no number lies between two that it could be rounded to.
+    numbers = torch.randint(-127, 128, (n_tokens, n_inputs), generator=generator)
+    numbers[:, 0] = 127
+    steps = 2.0 ** torch.arange(-10, 10)[torch.randint(20, (n_tokens, 1), generator=generator)]
+    weight = torch.randint(-127, 128, (n_outputs, n_inputs), generator=generator).to(torch.int8)
+    scales = torch.rand(n_outputs, generator=generator) + 0.1
+    found = project(EVERY[name], numbers * steps, weight, scales)
+    expected = (numbers.double() @ weight.double().T) * steps * scales
+    torch.testing.assert_close(found, expected.float(), rtol=2e-6, atol=1e-4 * float(steps.max()))
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_rows_are_rounded_like_weights(name):
+    rows = torch.randn(40, 300, generator=torch.Generator().manual_seed(1)) * 3
+    expected = quantize_rows(rows)[0].float()
+    found = project(EVERY[name], rows, torch.eye(300).to(torch.int8), torch.ones(300)) / quantize_rows(rows)[1]
+    # A number halfway between two may go either way.
+    is_different = (found - expected).abs() > 1e-3
+    assert is_different.float().mean() < 1e-3
+    assert (found - expected).abs().max() < 1.001
+
+
+@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_stays_in_its_row(name, wrong):
+    rows = torch.randn(20, 40, generator=torch.Generator().manual_seed(1))
+    weight = quantize_rows(torch.randn(16, 40, generator=torch.Generator().manual_seed(2)))[0]
+    clean = project(EVERY[name], rows, weight, torch.ones(16))
+    rows[3, 5] = wrong
+    found = project(EVERY[name], rows, weight, torch.ones(16))
+    assert not found[3].isfinite().any()
+    others = [row for row in range(20) if row != 3]
+    assert torch.equal(found[others], clean[others])
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_rows_of_zeros_and_of_tiny_numbers(name):
+    rows = torch.zeros(4, 10)
+    rows[1] = 1e-9
+    weight = torch.full((3, 10), 127, dtype=torch.int8)
+    found = project(EVERY[name], rows, weight, torch.ones(3))
+    assert (found[[0, 2, 3]] == 0).all()
+    torch.testing.assert_close(found[1], torch.full((3,), 1270e-9), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("size", [1, 300])
+def test_largest_of_rows(size):
+    rows = torch.randn(size, 300, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(largest_of_rows(rows), rows.abs().amax(1, keepdim=True))
+    rows[0, 7] = torch.nan
+    assert largest_of_rows(rows).isnan().sum() == 1
+
+
+def test_a_product_that_clips_or_is_missing_is_not_used(monkeypatch, caplog):
+    def clipping(weight: torch.Tensor, scales: torch.Tensor):
+        # As processors without VNNI do: pairs of products are added in 16 bits.
+        def multiply(numbers: torch.Tensor) -> torch.Tensor:
+            products = numbers.float()[:, None] * weight.float()
+            pairs = torch.nn.functional.pad(products, (0, products.shape[2] % 2)).unflatten(2, (-1, 2)).sum(3)
+            return pairs.clamp(-(2**15), 2**15 - 1).sum(2) * scales
+
+        return multiply
+
+    def missing(weight: torch.Tensor, scales: torch.Tensor):
+        return torch.ops.onednn.no_such_product.default(weight, scales)
+
+    # Unsigned integers reach further, as oneDNN's do; here a larger weight does.
+    clips = Kernel("clips", FLOAT32.round_tokens, lambda weight, scales: clipping(weight.int() * 2, scales / 2))
+    lacks = Kernel("lacks", FLOAT32.round_tokens, missing)
+    assert not is_exact(clips, "cpu")
+    assert not is_exact(lacks, "cpu")
+    monkeypatch.setitem(CANDIDATES, "cpu", (clips, lacks))
+    kernel_for.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING, int8_kernels.__name__):
+            assert kernel_for("cpu") is FLOAT32
+            assert kernel_for("cpu") is FLOAT32
+    finally:
+        kernel_for.cache_clear()
+    assert len(caplog.records) == 1
+    assert "slower than in floating point" in caplog.text
+
+
+def test_other_devices_multiply_in_float32(caplog):
+    kernel_for.cache_clear()
+    with caplog.at_level(logging.WARNING, int8_kernels.__name__):
+        assert kernel_for("meta") is FLOAT32
+    assert "float32" in caplog.text
+    kernel_for.cache_clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(1, 75, 37), (16, 64, 64), (17, 64, 64), (300, 384, 1536)])
+def test_cuda_agrees_with_the_cpu(shape):
+    n_tokens, n_inputs, n_outputs = shape
+    assert kernel_for("cuda") is INT_MM_CUDA
+    linear = torch.nn.Linear(n_inputs, n_outputs)
+    module = Int8Linear.from_float(linear.weight, linear.bias)
+    tokens = torch.randn(n_tokens, n_inputs)
+    with torch.no_grad():
+        expected = module(tokens)
+        found = module.cuda()(tokens.cuda()).cpu()
+    # A number halfway between two may be rounded either way.
+    assert (found - expected).norm() < 1e-3 * expected.norm()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.02 * float(expected.abs().max()))
