@@ -1,6 +1,7 @@
 # `make demo` and `make test` need nothing but Python 3.11 and make: the first call sets up .venv, later ones reuse it.
 PYTHON ?= python3
 ARGS ?=
+WORKERS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,8 +14,8 @@ UNFINISHED := $(VENV)/unfinished
 demo: $(READY)  ## the main job on packaged weights and data: make demo ARGS="--help"
 	$(BIN)/hf-compress demo $(ARGS)
 
-test: quality  ## make test ARGS="tests/pruning -x"
-	$(BIN)/python -m pytest $(ARGS)
+test: quality  ## make test ARGS="tests/pruning -x" WORKERS=4
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 style: $(READY)  ## rewrite the code in the house format
 	$(BIN)/ruff check --fix .
