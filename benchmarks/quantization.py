@@ -274,8 +274,8 @@ def main() -> None:
         print("torchao is not installed: its cells are left out.")
         formats.remove("torchao-int8")
     bench = QuantizationBench(options)
-    for task in options.tasks:
-        for seed in range(options.seeds):
+    for seed in range(options.seeds):
+        for task in options.tasks:
             for name in formats:
                 if seed in seeds_of(name, options.seeds):
                     bench.cell(task, name, seed)

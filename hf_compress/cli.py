@@ -246,6 +246,8 @@ def _set_up_logging(debug: bool) -> None:
     logging.getLogger("hf_compress").setLevel(logging.DEBUG if debug else level)
     if not debug:
         transformers.utils.logging.set_verbosity_error()
+        # When it is imported, it names kernels that it could download.
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         transformers.utils.logging.disable_progress_bar()
 
 

@@ -40,7 +40,7 @@ def draw_formats(report: Mapping[str, Any], path: str | Path, title: str | None 
     panels = figure.subplots(1, 3, sharey=True)
     _draw_bars(panels[0], [model["cost"]["bytes_on_disk"] / 1e6 for model in models], SIZE, "{:.1f}", "MB on disk")
     unit = " in %" if scale == 100 else ""
-    _draw_quality(panels[1], [model["quality"] for model in models], scale, f"{metric}{unit}, 95 % of difference")
+    _draw_quality(panels[1], [model["quality"] for model in models], scale, f"{metric}{unit}, with 95 % interval")
     speeds = [1 / report["latency"]["ratio"][name] for name in names]
     _draw_bars(panels[2], speeds, SPEED, "{:.2f}x", "times as fast")
     panels[0].set_yticks(range(len(names)), names, fontsize=9)
@@ -70,7 +70,9 @@ def draw_noise(
     panels = figure.subplots(1, 2, sharey=True)
     for panel, what in zip(panels, ("weights", "outputs"), strict=True):
         for place, (name, found) in enumerate(noise.items()):
-            at = [(found[module][what], row) for row, module in enumerate(modules) if module in found]
+            # Side by side, because formats of as many bits round weights alike.
+            shift = 0.5 * ((place + 0.5) / len(noise) - 0.5)
+            at = [(found[module][what], row + shift) for row, module in enumerate(modules) if module in found]
             points = [(value, row) for value, row in at if value is not None]
             style = {"marker": MARKERS[place % len(MARKERS)], "color": SERIES[place % len(SERIES)]}
             panel.plot(

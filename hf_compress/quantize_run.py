@@ -3,12 +3,14 @@
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datasets import DatasetDict
+from torch import nn
 from transformers import BitsAndBytesConfig
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import AutoHfQuantizer
 
 from hf_compress import recommend
@@ -18,6 +20,7 @@ from hf_compress.format_options import format_settings, needs_texts
 from hf_compress.formats.packed import PackedModule
 from hf_compress.job import QuantizeJob, check_output, job_settings
 from hf_compress.material import Material, Part, device_of, draw, hold_out, load_material
+from hf_compress.modeling.blocks import find_blocks, task_head_names
 from hf_compress.quantization.gate import excluded_names
 from hf_compress.quantization.modules import check_float, choose_modules
 from hf_compress.quantization.noise import measure_noise
@@ -44,8 +47,9 @@ def quantize_classifier(job: QuantizeJob, configs: Configs, splits: DatasetDict 
     A run that was stopped continues when called again with the same arguments.
 
     Args:
-        job (`QuantizeJob`): What to quantize, on which data; `output_dir` gets a folder for each format, `formats.png`,
-            `noise.png` where modules are in a number format of this library, `report.json` and `report.md`.
+        job (`QuantizeJob`): What to quantize, on which data; `output_dir` gets a folder for each format,
+            `formats.png`, `noise.png` where modules are in a number format of this library, `report.json` and
+            `report.md`.
         configs (`Mapping[str, Any]`): What `quantize` takes, by what the model is called. With `job.auto`, names in
             `recommend.FORMATS` to choose from; empty for all.
         splits (`DatasetDict`, *optional*): The data, where they are no file and have no name on the Hub.
@@ -65,8 +69,7 @@ def quantize_classifier(job: QuantizeJob, configs: Configs, splits: DatasetDict 
     check_output(job, job.output_dir)
     splits = load_splits(job.dataset, job.dataset_name) if splits is None else splits
     material = prepare(job, candidates, splits)
-    for config in candidates.values():
-        check(material.model, config)
+    check(material.model, candidates.values())
     made = [*candidates, FORMATS_FIGURE, NOISE_FIGURE, CHOICE_FILE]
     open_run(output, settings, job.overwrite, made)
     try:
@@ -106,23 +109,26 @@ def prepare(job: QuantizeJob, configs: Configs, splits: DatasetDict) -> Material
     return load_material(job, Part(test_split, splits[test_split], True), texts, held_out)
 
 
-def check(model: "PreTrainedModel", config: Any) -> None:
-    """Raises what can be known of a format and a model before anything is written.
+def check(model: "PreTrainedModel", configs: Iterable[Any]) -> None:
+    """Raises what can be known of formats and a model before anything is written.
 
     Args:
         model (`PreTrainedModel`): The model to quantize.
-        config (`Any`): What `quantize` takes.
+        configs (`Iterable[Any]`): What `quantize` takes.
 
     Raises:
         ValueError: if the model is quantized already or of an unknown architecture, or a pattern matches nothing.
         ImportError: if the format needs bitsandbytes, and it is missing.
     """
     check_float(model)
-    excluded = excluded_names(config)
-    if excluded is not None:
-        choose_modules(model, excluded, _takes_tables(config))
-    if isinstance(config, BitsAndBytesConfig):
-        AutoHfQuantizer.from_config(config).validate_environment()
+    for config in configs:
+        excluded = excluded_names(config)
+        if excluded is not None:
+            find_blocks(model)
+        if excluded:
+            choose_modules(model, excluded, _takes_tables(config))
+        if isinstance(config, BitsAndBytesConfig):
+            AutoHfQuantizer.from_config(config).validate_environment()
 
 
 def choose(job: QuantizeJob, candidates: Configs, material: Material) -> dict[str, Any]:
@@ -216,13 +222,12 @@ def measure(job: QuantizeJob, configs: Configs, material: Material) -> dict[str,
         name = row["name"]
         row["kept_in_float"] = kept_in_float(models[DENSE], models[name], configs[name])
         row["noise"] = noise[name]
-    heading = title(report)
     report["figures"] = {"size, quality and speed": FORMATS_FIGURE}
-    draw_formats(report, output / FORMATS_FIGURE, heading)
+    draw_formats(report, output / FORMATS_FIGURE, title(report))
     drawn = {name: found for name, found in noise.items() if found}
     if drawn:
         report["figures"]["signal-to-noise ratio per module"] = NOISE_FIGURE
-        draw_noise(drawn, output / NOISE_FIGURE, heading)
+        draw_noise(drawn, output / NOISE_FIGURE, "What rounding did to each module")
     return report
 
 
@@ -239,8 +244,15 @@ def kept_in_float(dense: "PreTrainedModel", quantized: "PreTrainedModel", config
     """
     if excluded_names(config) is None:
         return []
-    could = choose_modules(dense, (), _takes_tables(config))
-    return [name for name, module in could.items() if type(quantized.get_submodule(name)) is type(module)]
+    kinds = nn.Linear | Conv1D | nn.Embedding if _takes_tables(config) else nn.Linear | Conv1D
+    heads = task_head_names(dense)
+    return [
+        name
+        for name, module in dense.named_modules()
+        if isinstance(module, kinds)
+        and type(quantized.get_submodule(name)) is type(module)
+        and not any(f"{name}.".startswith(f"{head}.") for head in heads)
+    ]
 
 
 def _candidates(job: QuantizeJob, configs: Configs) -> dict[str, Any]:
@@ -259,8 +271,7 @@ def _candidates(job: QuantizeJob, configs: Configs) -> dict[str, Any]:
 
 
 def _yardstick(job: QuantizeJob, material: Material) -> Yardstick:
-    sizes = {"batch_size": job.eval_batch_size, "cost_batch": job.cost_batch}
-    return Yardstick(material.test, material.tokenizer, material.metric, seed=job.seed, **sizes)
+    return Yardstick(material.test, material.tokenizer, material.metric, job.eval_batch_size, job.seed, job.cost_batch)
 
 
 def _takes_tables(config: Any) -> bool:
@@ -274,11 +285,12 @@ def _noise(
     """What `measure_noise` finds, as plain JSON types: infinite ratios, where nothing was lost, become `None`."""
     if not any(isinstance(module, PackedModule) for module in model.modules()):
         return {}
+
+    def plain(ratio: float | None) -> float | None:
+        return ratio if ratio is not None and math.isfinite(ratio) else None
+
     found = measure_noise(model, dense, [cost_batch(yardstick)])
-    return {
-        name: {what: value if value is not None and math.isfinite(value) else None for what, value in pair}
-        for name, pair in ((name, one._asdict().items()) for name, one in found.items())
-    }
+    return {name: {"weights": plain(one.weights), "outputs": plain(one.outputs)} for name, one in found.items()}
 
 
 def _withdraw(output: Path, names: Configs) -> None:

@@ -151,7 +151,7 @@ def figures(report: dict[str, Any]) -> dict[str, str]:
     """Files of the figures that belong to a report, beside it: by model, or by what they show.
 
     Args:
-        report (`dict`): As `distill`, `prune_classifier` or `quantize_classifier` returns it; that of the former has none.
+        report (`dict`): As `distill`, `prune_classifier` or `quantize_classifier` returns it.
     """
     return {model["name"]: model["figure"] for model in report["models"] if "figure" in model} | report.get(
         "figures", {}

@@ -1,4 +1,4 @@
-r"""Quantize a fine-tuned BERT (or any other text classifier), and measure it beside the float model; nothing is trained.
+r"""Quantize a fine-tuned BERT (or any other text classifier), and measure it beside the float one, without training.
 
 To 8-bit weights and activations, on a model and texts of your own: a folder or file whose split to measure on has the
 columns text and label, for instance test.csv:

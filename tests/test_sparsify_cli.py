@@ -263,6 +263,7 @@ def test_every_option_is_parsed():
     config = {
         "sparsity": 0.3, "score": "wanda", "scope": "row", "pattern": (32, 1), "allocation": {"a.*": 0.1, "b": 0.2},
         "steps": 3, "exclude": ("c", "d"), "damping": 0.1, "precision": "float64", "sweep_width": 16,
+        "repair": "none", "ridge": 0.2,
         "outlier_factor": 7.0, "outlier_spread": 0.1, "seed": 3,
     }  # fmt: skip
     texts = {"pattern": "32x1", "allocation": ["a.*=0.1", "b=0.2"]}

@@ -1,6 +1,6 @@
 """Eight-bit integers: weights per output channel, activations per token while the model runs, tables per row."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -30,7 +30,7 @@ class _Prepared(NamedTuple):
 
     weight: torch.Tensor
     scales: torch.Tensor
-    versions: tuple[int, int]
+    versions: tuple[tuple[int, int], tuple[int, int]]
     product: Product
 
 
@@ -90,8 +90,8 @@ class Int8Linear(PackedLinear):
         Returns:
             `Int8Linear`: With the field `smooth`.
         """
-        # In the dtype of the weights, which is that of the bias; the product is rounded once more there.
-        module = cls.from_float((weight.float() * factors).to(weight.dtype), bias, smooth=True)
+        # In float32: products of some weights are out of the range of float16.
+        module = cls.from_float(weight.float() * factors, bias, smooth=True)
         module.input_scale = factors.float().reciprocal()
         return module
 
@@ -134,6 +134,10 @@ class Int8Linear(PackedLinear):
             known = self._prepared = _Prepared(weight, scales, (_version(weight), _version(scales)), product)
         return known.product
 
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        self._prepared = None
+        return super()._apply(fn, recurse)
+
     def _load_from_state_dict(self, *args: Any) -> None:
         self._prepared = None
         super()._load_from_state_dict(*args)
@@ -143,9 +147,9 @@ class Int8Linear(PackedLinear):
         return self.__dict__ | {"_prepared": None}
 
 
-def _version(tensor: torch.Tensor) -> int:
-    """How often a tensor was changed, which those that were made in inference mode do not count."""
-    return 0 if tensor.is_inference() else tensor._version
+def _version(tensor: torch.Tensor) -> tuple[int, int]:
+    """Where a tensor is stored, and how often it was changed; those made in inference mode do not count that."""
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 
 class _StraightThrough(torch.autograd.Function):

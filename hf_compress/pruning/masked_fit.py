@@ -1,4 +1,4 @@
-"""Making up for single weights that went: least squares with a mask of its own for each output. Formulas on tensors."""
+"""Making up for single weights that went: least squares with a mask for each output. Formulas on tensors alone."""
 
 import torch
 

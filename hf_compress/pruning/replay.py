@@ -122,9 +122,15 @@ def watch_block(
         hooks (`ExitStack`): Takes the hooks off again.
     """
     residual: dict[str, torch.Tensor] = {}
+    entered: set[nn.Module] = set()
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        residual["now"] = state_of(args, kwargs)
+        if module is block.module:
+            entered.clear()
+        # A projection that also runs on relative positions reads its tokens first.
+        if module not in entered:
+            entered.add(module)
+            residual["now"] = state_of(args, kwargs)
 
     def leave(part: Part, args: tuple[Any, ...], outputs: torch.Tensor) -> None:
         if part in wanted:

@@ -67,9 +67,9 @@ class UnstructuredPruningConfig:
     repair: WeightRepairKind | None = field(
         default=None,
         metadata={
-            "help": "What makes up for the weights that go: 'least_squares' fits what each layer keeps, from the first "
-            "to the last, to the unpruned model, which takes data; 'none'. By default 'least_squares' where scores or "
-            "sparsities are computed from data, else 'none'. Not in a training, which repairs by itself."
+            "help": "What makes up for the weights that go: 'least_squares' fits what each layer keeps, from the "
+            "first layer to the last, to the unpruned model, which takes data; 'none'. By default 'least_squares' "
+            "where scores or sparsities are computed from data, else 'none'. Not in a training, which repairs itself."
         },
     )
     ridge: float = field(

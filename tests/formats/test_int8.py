@@ -109,7 +109,7 @@ def test_what_is_prepared_is_neither_saved_nor_copied():
         assert torch.equal(copy.copy(module)(states), expected)
 
 
-@pytest.mark.parametrize("way", ["load", "assign", "in_place", "buffer", "scale"])
+@pytest.mark.parametrize("way", ["load", "assign", "in_place", "data", "buffer", "scale"])
 @pytest.mark.parametrize("is_inference", [False, True])
 def test_changed_weights_are_seen(way, is_inference):
     with torch.inference_mode(is_inference):
@@ -120,12 +120,14 @@ def test_changed_weights_are_seen(way, is_inference):
         module(states)
         if way in ("load", "assign"):
             module.load_state_dict(other.state_dict(), assign=way == "assign")
-        elif is_inference and way != "buffer":
+        elif is_inference and way not in ("buffer", "data"):
             # Such tensors do not count their changes.
             return
         elif way == "in_place":
             module.weight.copy_(other.weight)
             module.weight_scale.copy_(other.weight_scale)
+        elif way == "data":
+            module.weight.data, module.weight_scale.data = other.weight, other.weight_scale
         elif way == "buffer":
             module.weight, module.weight_scale = other.weight, other.weight_scale
         else:
@@ -171,7 +173,7 @@ def test_smoothed_inputs(dtype):
     factors = 2.0 ** torch.arange(-20, 20).float().div(4).round()
     module = Int8Linear.from_smoothed(original.weight, original.bias, factors)
     assert module.fields == {"smooth": True}
-    plain = Int8Linear.from_float((original.weight.float() * factors).to(dtype), original.bias)
+    plain = Int8Linear.from_float(original.weight.float() * factors, original.bias)
     states = torch.randn(6, 40).to(dtype)
     with torch.no_grad():
         assert torch.equal(module(states * factors.to(dtype)), plain(states))

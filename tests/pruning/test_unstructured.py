@@ -49,7 +49,8 @@ def test_every_architecture_keeps_its_sparsity_by_every_score_and_reloads_exactl
     model = tiny_model(model_type)
     batch = tiny_batch(model)
     before = copy.deepcopy(model.state_dict())
-    inside = {f"{layer.name}.weight" for layer in find_layers(model)}
+    # A repair gives them new biases, too.
+    inside = {f"{layer.name}.{kind}" for layer in find_layers(model) for kind in ("weight", "bias")}
     for score in SCORES:
         pruned = prune(model, config(0.6, score=score), [batch])
         for name, mask in zeros(pruned).items():
@@ -66,7 +67,11 @@ def test_every_architecture_keeps_its_sparsity_by_every_score_and_reloads_exactl
 @pytest.mark.parametrize("score", SCORES)
 def test_sparsity_0_changes_nothing_bit_for_bit(score):
     model = tiny_model("bert")
-    for values in ({"sparsity": 0}, {"pattern": "4:4"}, {"sparsity": 0.0, "pattern": (2, 2)}):
+    for values in (
+        {"sparsity": 0},
+        {"pattern": "4:4", "repair": "none"},
+        {"sparsity": 0.0, "pattern": (2, 2), "repair": "least_squares"},
+    ):
         pruned = prune(model, config(score=score, **values), [tiny_batch(model)])
         assert all(torch.equal(a, b) for a, b in zip(pruned.parameters(), model.parameters(), strict=True))
 
@@ -157,7 +162,7 @@ def slow_wanda(weight: torch.Tensor, x: torch.Tensor, share: float) -> torch.Ten
 def test_each_block_is_pruned_by_what_it_reads_from_pruned_ones(score):
     model = tiny_model("bert", TEXT)
     batches = [*many_texts(model), tiny_batch(model)]
-    pruned = prune(model, config(0.5, score=score, precision="float64"), batches)
+    pruned = prune(model, config(0.5, score=score, precision="float64", repair="none"), batches)
     expected = copy.deepcopy(model)
     for block in find_blocks(expected):
         inputs = layer_inputs(expected, batches)
@@ -201,7 +206,7 @@ def test_batches_and_padding_do_not_matter(model_type, settings, score):
 def test_a_shared_block_is_pruned_once_by_the_inputs_of_all_layers():
     model = tiny_model("albert")
     batches = [tiny_batch(model)]
-    pruned = prune(model, config(0.5, score="wanda"), batches)
+    pruned = prune(model, config(0.5, score="wanda", repair="none"), batches)
     reads = layer_inputs_of_all_runs(model, batches)
     for layer in find_layers(model):
         assert torch.equal(slow_wanda(layer.weight, reads[layer.name], 0.5) == 0, zeros(pruned)[layer.name])
@@ -319,7 +324,10 @@ def test_errors_of_outputs_are_measured_where_the_model_reads():
         ({"allocation": {".*": 1.5}}, r"allocation\['\.\*'\]=1.5 is no share"),
         ({"scope": "global", "allocation": "owl"}, "leave out allocation, or scope"),
         ({"steps": 0}, "steps=0"),
-        ({"steps": 4, "score": "magnitude"}, "does not change from round to round"),
+        ({"steps": 4, "score": "magnitude"}, "'magnitude' with repair=None does not change from round to round"),
+        ({"steps": 4, "score": "random", "repair": "least_squares"}, "does not change from round to round"),
+        ({"repair": "bias"}, "repair='bias' is unknown: give one of 'least_squares', 'none'"),
+        ({"ridge": -1.0}, "ridge=-1.0: give a number of at least 0"),
         ({"damping": 0.0}, "damping=0.0: give a number above 0"),
         ({"precision": "float16"}, "precision='float16' is unknown"),
     ],
@@ -336,6 +344,7 @@ def test_bad_input_is_refused():
         (config(score="movement"), [batch], "prune.. does not train: give the config to the pruning callback"),
         (config(), None, "data=None"),
         (config(score="magnitude", allocation="owl"), None, "data=None"),
+        (config(score="magnitude", repair="least_squares"), None, "repair='least_squares' is computed from data"),
         (config(), [], "hold no batch"),
         (config(), [{"input_ids": batch["input_ids"]}], "no attention_mask, but holds the padding token 1"),
         (config(pattern="2:5"), [batch], "does not divide .*query, which has 32 outputs and 32 inputs"),

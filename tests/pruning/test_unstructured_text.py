@@ -7,6 +7,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from hf_compress.pruning.prune import prune
 from hf_compress.pruning.unstructured_config import UnstructuredPruningConfig
 
+SCORES = ("sparsegpt", "wanda", "magnitude")
 TOKENS, TOPICS, LENGTH = 64, 8, 24
 
 
@@ -49,19 +50,28 @@ def perplexity(model: GPT2LMHeadModel, **values) -> float:
 def test_sparsegpt_costs_less_than_wanda_and_that_less_than_magnitude(model):
     dense = perplexity(model, sparsity=0.0)
     # 8 of 48 columns, as 128 are of 768.
-    scores = ("sparsegpt", "wanda", "magnitude")
-    sparsegpt, wanda, magnitude = (perplexity(model, sparsity=0.5, score=s, sweep_width=8) for s in scores)
+    sparsegpt, wanda, magnitude = (
+        perplexity(model, sparsity=0.5, score=score, sweep_width=8, repair="none") for score in SCORES
+    )
     assert dense < sparsegpt < wanda < magnitude
     assert dense < 5
 
 
 def test_sparsegpt_costs_less_with_2_of_4_too(model):
-    sparsegpt, wanda, magnitude = (
-        perplexity(model, pattern="2:4", score=s) for s in ("sparsegpt", "wanda", "magnitude")
-    )
+    sparsegpt, wanda, magnitude = (perplexity(model, pattern="2:4", score=score, repair="none") for score in SCORES)
     assert sparsegpt < 0.9 * min(wanda, magnitude)
 
 
-def test_more_rounds_cost_less(model):
-    once, often = (perplexity(model, sparsity=0.7, steps=steps) for steps in (1, 4))
-    assert often < 0.9 * once
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("share", [{"sparsity": 0.7}, {"pattern": "2:4"}])
+def test_a_repair_costs_less(model, share, score):
+    plain, repaired = (perplexity(model, score=score, repair=repair, **share) for repair in ("none", "least_squares"))
+    assert repaired < 0.98 * plain
+
+
+@pytest.mark.parametrize(
+    ("score", "repair"), [("sparsegpt", "none"), ("sparsegpt", "least_squares"), ("magnitude", "least_squares")]
+)
+def test_more_rounds_cost_less(model, score, repair):
+    once, often = (perplexity(model, sparsity=0.7, score=score, repair=repair, steps=steps) for steps in (1, 4))
+    assert often < (0.9 if repair == "none" else 0.98) * once
