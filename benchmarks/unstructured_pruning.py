@@ -5,11 +5,11 @@
 
 Teachers and texts are those of `structured_pruning.py`: MiniLM of 6 layers, fine-tuned by `distillation_quality.py`,
 and 512 texts of the training rows without labels, drawn by a seed. Weights of the projections inside the blocks become
-0 at random, by magnitude, by Wanda and by SparseGPT, without a repair, as their authors have it. "ours" are the defaults
-of `UnstructuredPruningConfig`, "magnitude-repaired" is magnitude with the same repair; "-8" is in 8 rounds, at 80 %. A
-seed draws the texts and the random scores; magnitude without a repair depends on neither and is one cell. Accuracy is of
-the test rows, for SST-2 of validation and test, in bf16 autocast, after the model was saved and loaded again; bytes are
-those of the saved file, in float32. The repair was chosen on held-out training rows.
+0 at random, by magnitude, by Wanda and by SparseGPT, without a repair, as their authors have it. "ours" are the
+defaults of `UnstructuredPruningConfig`, "magnitude-repaired" is magnitude with the same repair; "-8" is in 8 rounds,
+at 80 %. A seed draws the texts and the random scores; magnitude without a repair depends on neither and is one cell.
+Accuracy is of the test rows, for SST-2 of validation and test, in bf16 autocast, after the model was saved and loaded
+again; bytes are those of the saved file, in float32. The repair was chosen on held-out training rows.
 
 "trained": the teacher's weights go by a cubic schedule in the first 60 % of two epochs of distillation from the
 teacher itself, with rows, recipe and learning rate of `pruning_recovery.py`: by magnitude, re-scored as they change

@@ -236,10 +236,26 @@ def _meant(unknown: str, options: Mapping[str, Any], elsewhere: Mapping[str, str
     return meant if hint is None else f" here{meant}. {hint}"
 
 
+class _Once(logging.Filter):
+    """Lets each message pass once: where many models are made of one, each of them says the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        is_new = message not in self.said
+        self.said.add(message)
+        return is_new
+
+
 def _set_up_logging(debug: bool) -> None:
     import transformers
 
     handler = RichHandler(console=console, show_path=debug, show_level=debug, log_time_format="%H:%M:%S")
+    if not debug:
+        handler.addFilter(_Once())
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     # Of several processes, the first speaks for all.
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING

@@ -144,8 +144,21 @@ def device_of(job: CalibratedJob) -> torch.device:
     return torch.device("cpu") if accelerator is None or job.use_cpu else accelerator
 
 
+def by_length(rows: Dataset) -> Dataset:
+    """Rows from the shortest to the longest, so that batches have little padding.
+
+    Args:
+        rows (`Dataset`): Tokenized rows, as `tokenize` returns them.
+
+    Returns:
+        `Dataset`: All of them; those of one length in the same order.
+    """
+    lengths = rows["length"][:]
+    return rows.select(sorted(range(len(lengths)), key=lambda row: lengths[row]))
+
+
 def calibration_batches(texts: Dataset, tokenizer: "PreTrainedTokenizerBase") -> list[dict[str, torch.Tensor]]:
-    """Batches of texts of similar length, so that there is little padding.
+    """Batches of texts of similar length.
 
     Args:
         texts (`Dataset`): Tokenized rows, as `tokenize` returns them.
@@ -155,7 +168,5 @@ def calibration_batches(texts: Dataset, tokenizer: "PreTrainedTokenizerBase") ->
         `list[dict[str, torch.Tensor]]`: From the shortest texts to the longest.
     """
     collate = DataCollatorWithPadding(tokenizer)
-    lengths = texts["length"][:]
-    by_length = sorted(range(len(lengths)), key=lambda row: lengths[row])
-    rows = list(texts.select(by_length).remove_columns("length"))
+    rows = list(by_length(texts).remove_columns("length"))
     return [dict(collate(rows[i : i + CALIBRATION_BATCH])) for i in range(0, len(rows), CALIBRATION_BATCH)]

@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datasets import DatasetDict
-from torch import nn
 from transformers import BitsAndBytesConfig
-from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import AutoHfQuantizer
 
 from hf_compress import recommend
@@ -19,8 +17,8 @@ from hf_compress.data import check_columns, check_splits, evaluation_split, load
 from hf_compress.format_options import format_settings, needs_texts
 from hf_compress.formats.packed import PackedModule
 from hf_compress.job import QuantizeJob, check_output, job_settings
-from hf_compress.material import Material, Part, device_of, draw, hold_out, load_material
-from hf_compress.modeling.blocks import find_blocks, task_head_names
+from hf_compress.material import Material, Part, by_length, device_of, draw, hold_out, load_material
+from hf_compress.modeling.blocks import find_blocks
 from hf_compress.quantization.gate import excluded_names
 from hf_compress.quantization.modules import check_float, choose_modules
 from hf_compress.quantization.noise import measure_noise
@@ -182,7 +180,7 @@ def quantize_missing(job: QuantizeJob, configs: Configs, material: Material) -> 
     """
     gate = {}
     if material.held_out is not None:
-        held_out = material._replace(test=material.held_out.sort("length"))
+        held_out = material._replace(test=by_length(material.held_out))
         gate = {"evaluate": lambda model: score_alone(model, _yardstick(job, held_out)), "max_drop": job.max_drop}
     for name, config in configs.items():
         folder = Path(job.output_dir) / name
@@ -244,15 +242,8 @@ def kept_in_float(dense: "PreTrainedModel", quantized: "PreTrainedModel", config
     """
     if excluded_names(config) is None:
         return []
-    kinds = nn.Linear | Conv1D | nn.Embedding if _takes_tables(config) else nn.Linear | Conv1D
-    heads = task_head_names(dense)
-    return [
-        name
-        for name, module in dense.named_modules()
-        if isinstance(module, kinds)
-        and type(quantized.get_submodule(name)) is type(module)
-        and not any(f"{name}.".startswith(f"{head}.") for head in heads)
-    ]
+    could = choose_modules(dense, (), _takes_tables(config))
+    return [name for name, module in could.items() if type(quantized.get_submodule(name)) is type(module)]
 
 
 def _candidates(job: QuantizeJob, configs: Configs) -> dict[str, Any]:

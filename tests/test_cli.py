@@ -70,7 +70,7 @@ def job_words(inputs, output, *more):
 def test_help_names_the_commands(call):
     code, out, _ = call("--help")
     assert code == 0
-    assert {"demo", "distill", "--version", "--debug"} <= set(re.findall(r"[\w-]+", out))
+    assert {"demo", "distill", "prune", "quantize", "--version", "--debug"} <= set(re.findall(r"[\w-]+", out))
 
 
 def test_version(call):
