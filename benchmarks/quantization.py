@@ -49,8 +49,6 @@ from unstructured_pruning import tensor_bytes
 import hf_compress as hc
 from hf_compress.evaluation.inference import Predictions, predict
 from hf_compress.modeling.tasks import IGNORED
-from hf_compress.quantization.config import FixedPointConfig, FloatConfig, Int8DynamicConfig
-from hf_compress.quantization.quantize import quantize
 
 NAMES = ("trec", "mrpc", "sst2", "stsb", "wnut_17")
 BUDGET = 0.33
@@ -66,11 +64,11 @@ class Format:
 
     @property
     def is_calibrated(self) -> bool:
-        return isinstance(self.config, FixedPointConfig) and self.config.activations is not None
+        return isinstance(self.config, hc.FixedPointConfig) and self.config.activations is not None
 
 
-def fixed_4(**settings: Any) -> FixedPointConfig:
-    return FixedPointConfig(bits=4, **settings)
+def fixed_4(**settings: Any) -> hc.FixedPointConfig:
+    return hc.FixedPointConfig(bits=4, **settings)
 
 
 def four_bits(kind: str) -> BitsAndBytesConfig:
@@ -81,13 +79,13 @@ LLM_INT8 = BitsAndBytesConfig(load_in_8bit=True)
 GROUPS = fixed_4(granularity="group", group_size=32, ranges="mse")
 FORMATS = {
     "float32": Format(),
-    "bf16": Format(FloatConfig("bf16")),
-    "int8": Format(Int8DynamicConfig()),
-    "int8-embeddings": Format(Int8DynamicConfig(embeddings=True)),
-    "fixed-16-tensor": Format(FixedPointConfig(bits=16, granularity="per_tensor", power_of_two=True)),
-    "fixed-16": Format(FixedPointConfig(bits=16, power_of_two=True)),
-    "fixed-8": Format(FixedPointConfig(bits=8)),
-    "fixed-8-static": Format(FixedPointConfig(bits=8, activations=8, ranges="mse")),
+    "bf16": Format(hc.FloatConfig("bf16")),
+    "int8": Format(hc.Int8DynamicConfig()),
+    "int8-embeddings": Format(hc.Int8DynamicConfig(embeddings=True)),
+    "fixed-16-tensor": Format(hc.FixedPointConfig(bits=16, granularity="per_tensor", power_of_two=True)),
+    "fixed-16": Format(hc.FixedPointConfig(bits=16, power_of_two=True)),
+    "fixed-8": Format(hc.FixedPointConfig(bits=8)),
+    "fixed-8-static": Format(hc.FixedPointConfig(bits=8, activations=8, ranges="mse")),
     "fixed-4-groups-mse": Format(GROUPS),
     "fixed-4-groups-minmax": Format(fixed_4(granularity="group", group_size=32)),
     "fixed-4-rows-mse": Format(fixed_4(ranges="mse")),
@@ -96,7 +94,7 @@ FORMATS = {
     "fp4": Format(four_bits("fp4")),
     "llm-int8": Format(LLM_INT8),
     "pruned": Format(is_pruned=True),
-    "pruned-int8": Format(Int8DynamicConfig(), is_pruned=True),
+    "pruned-int8": Format(hc.Int8DynamicConfig(), is_pruned=True),
     "pruned-fixed-4": Format(GROUPS, is_pruned=True),
 }
 
@@ -139,7 +137,7 @@ class QuantizationBench(PruningBench):
         model = self.pruned(task, seed) if kind.is_pruned else self.teacher(task)
         if kind.config is None:
             return model
-        return quantize(model, kind.config, self.texts(task, seed) if kind.is_calibrated else None)
+        return hc.quantize(model, kind.config, self.texts(task, seed) if kind.is_calibrated else None)
 
     def saved(self, model: PreTrainedModel) -> Path:
         folder = self.folder / "saved"

@@ -236,7 +236,7 @@ def _meant(unknown: str, options: Mapping[str, Any], elsewhere: Mapping[str, str
     return meant if hint is None else f" here{meant}. {hint}"
 
 
-class _Once(logging.Filter):
+class Once(logging.Filter):
     """Lets each message pass once: where many models are made of one, each of them says the same."""
 
     def __init__(self) -> None:
@@ -244,6 +244,7 @@ class _Once(logging.Filter):
         self.said: set[str] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
+        """Whether a record says something new."""
         message = record.getMessage()
         is_new = message not in self.said
         self.said.add(message)
@@ -255,7 +256,7 @@ def _set_up_logging(debug: bool) -> None:
 
     handler = RichHandler(console=console, show_path=debug, show_level=debug, log_time_format="%H:%M:%S")
     if not debug:
-        handler.addFilter(_Once())
+        handler.addFilter(Once())
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     # Of several processes, the first speaks for all.
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING

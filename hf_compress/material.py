@@ -47,6 +47,7 @@ class Material(NamedTuple):
         test (`Dataset`): Tokenized rows to measure on.
         metric (`str`): What quality is measured by.
         held_out (`Dataset`, *optional*): Tokenized rows to choose something on, which are not measured on.
+        held_out_split (`str`, *optional*): The split that they are of.
     """
 
     model: "PreTrainedModel"
@@ -55,6 +56,7 @@ class Material(NamedTuple):
     test: Dataset
     metric: str
     held_out: Dataset | None = None
+    held_out_split: str | None = None
 
 
 def load_material(job: CalibratedJob, test: Part, texts: Part | None, held_out: Part | None = None) -> Material:
@@ -87,7 +89,15 @@ def load_material(job: CalibratedJob, test: Part, texts: Part | None, held_out: 
     n_texts = len(encoded["texts"]) if texts else 0
     logger.info("%d texts to calibrate with, %d of the split %s to measure on.", n_texts, len(test.rows), test.split)
     batches = calibration_batches(encoded["texts"], tokenizer) if texts else []
-    return Material(model.to(device_of(job)), tokenizer, batches, encoded["test"], metric, encoded.get("held_out"))
+    return Material(
+        model.to(device_of(job)),
+        tokenizer,
+        batches,
+        encoded["test"],
+        metric,
+        encoded.get("held_out"),
+        held_out.split if held_out else None,
+    )
 
 
 def draw(rows: Dataset, n_rows: int, seed: int) -> Dataset:

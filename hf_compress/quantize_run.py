@@ -213,6 +213,7 @@ def measure(job: QuantizeJob, configs: Configs, material: Material) -> dict[str,
         "quantization": {name: format_settings(config) for name, config in configs.items()},
         "texts_calibrated_on": sum(len(batch["input_ids"]) for batch in material.batches),
         "rows_held_out": None if material.held_out is None else len(material.held_out),
+        "held_out_of": material.held_out_split,
         **measure_all(models, paths, yardstick),
         "gain": None,
     }

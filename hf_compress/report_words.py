@@ -128,9 +128,10 @@ def _kept_in_float(report: Report) -> list[str]:
             shown = ", ".join(names[:_NAMES_SHOWN])
             remarks.append(f"In floating point besides the task head, in {model['name']}: {shown}{rest}.")
     if report["rows_held_out"] is not None:
+        known = ", which the model may know by heart" if report["held_out_of"] == "train" else ""
         remarks.append(
             f"Of {report['metric']}, at most {report['job']['max_drop']:g} is lost on {report['rows_held_out']} rows "
-            "that are not among those measured here."
+            f"of {report['held_out_of']}{known}; none of them is measured here."
         )
     return remarks
 

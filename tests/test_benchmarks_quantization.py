@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from transformers import AutoModelForSequenceClassification
 
+import hf_compress as hc
 from hf_compress.evaluation.inference import Predictions
-from hf_compress.quantization.config import Int8DynamicConfig
-from hf_compress.quantization.quantize import quantize
 from tests.test_benchmarks_pruning import TinyTeachers
 
 
@@ -34,7 +33,7 @@ def test_a_cell_is_of_a_saved_model_and_done_once(tiny, monkeypatch):
     module, bench = tiny
     cell = bench.cell("trec", "int8", 0)
     teacher = bench.teacher("trec")
-    expected = bench.outputs("trec", quantize(teacher, Int8DynamicConfig())).logits
+    expected = bench.outputs("trec", hc.quantize(teacher, hc.Int8DynamicConfig())).logits
     loaded = AutoModelForSequenceClassification.from_pretrained(bench.folder / "saved")
     assert np.array_equal(bench.outputs("trec", loaded).logits, expected)
     exact = bench.outputs("trec", teacher).logits
@@ -43,7 +42,7 @@ def test_a_cell_is_of_a_saved_model_and_done_once(tiny, monkeypatch):
     assert cell["disk"]["bytes"] == (bench.folder / "saved" / "model.safetensors").stat().st_size
     # The integers, and a scale for each of the 16 or 64 outputs: 4 bytes for 16 or 64 weights.
     assert 1 / 4 + 1 / 64 < cell["disk"]["covered"] < 1 / 4 + 1 / 16
-    monkeypatch.setattr(module, "quantize", None)
+    monkeypatch.setattr(module.hc, "quantize", None)
     assert bench.cell("trec", "int8", 0) == cell
 
 

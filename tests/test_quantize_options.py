@@ -1,5 +1,6 @@
 """The options of `hf-compress quantize`: shown, parsed for the formats that have them, and refused for the others."""
 
+import logging
 import re
 from dataclasses import fields
 
@@ -8,7 +9,7 @@ from transformers import BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
 import hf_compress as hc
-from hf_compress.cli import main, parse_quantize
+from hf_compress.cli import Once, main, parse_quantize
 from hf_compress.format_options import FORMATS, format_settings, needs_texts
 from hf_compress.job import QuantizeJob
 
@@ -152,3 +153,9 @@ def test_texts_are_read_for_ranges_alone():
     )
     assert all(map(needs_texts, with_texts))
     assert not any(map(needs_texts, without))
+
+
+def test_messages_are_said_once():
+    once = Once()
+    said = [once.filter(logging.makeLogRecord({"msg": "%s rounded", "args": (name,)})) for name in "aba"]
+    assert said == [True, True, False]
