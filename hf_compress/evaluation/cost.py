@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from hf_compress.evaluation.inference import inference, model_inputs
 from hf_compress.evaluation.latency import Conditions, Latency, compare_latency
+from hf_compress.formats.packed import PackedEmbedding
 from hf_compress.modeling.blocks import find_blocks
 from hf_compress.modeling.tasks import unwrap
 
@@ -130,7 +131,7 @@ def count_parameters(model: nn.Module) -> Parameters:
         logger.warning("Parameters inside and outside the blocks are not told apart: %s", error)
         in_blocks = None
     block_ids = {id(module) for module in in_blocks or []}
-    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and id(m) not in block_ids]
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding | PackedEmbedding) and id(m) not in block_ids]
     seen: set[int] = set()
     # Tables go first: an output layer tied to one is the same tensor.
     embeddings = sum(_count_own(module, seen) for module in tables)
@@ -200,7 +201,8 @@ def count_macs(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> int:
 
     Matrix products, convolutions and attention count (half of PyTorch's FLOPs), elementwise operations do not, as is
     usual. Removed heads and neurons are missing from the shapes and so from the count; zeros inside a dense matrix are
-    multiplied like any number, and count. A quantized layer counts like the matrix product it stands for.
+    multiplied like any number, and count. A quantized layer counts like the matrix product it stands for, with the
+    eight columns of padding that `Int8DynamicConfig` adds to each on a CPU.
 
     Args:
         model (`nn.Module`): A Transformers model.

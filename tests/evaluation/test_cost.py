@@ -21,6 +21,8 @@ from transformers import (
 
 from hf_compress.evaluation.cost import count_macs, count_parameters, measure_cost, peak_memory, saved_bytes
 from hf_compress.evaluation.latency import compare_latency
+from hf_compress.quantization.config import Int8DynamicConfig
+from hf_compress.quantization.quantize import quantize
 from tests.modeling.tiny import MODEL_TYPES, supports, tiny_batch, tiny_model
 
 B, S, H, F, LAYERS, CLASSES = 3, 8, 16, 32, 2, 2
@@ -217,3 +219,9 @@ def test_importing_the_costs_is_light():
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert output.stdout.strip() == "[]"
+
+
+def test_packed_tables_count_as_tables():
+    model = tiny_model("bert")
+    packed = quantize(model, Int8DynamicConfig(embeddings=True))
+    assert count_parameters(packed) == count_parameters(model)
