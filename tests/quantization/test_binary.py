@@ -74,7 +74,7 @@ def test_without_training_it_warns_and_says_what_to_do(caplog):
     caplog.clear()
     fake_quantize_(model, BinaryConfig(activations=FLOAT))
     quantize(model, BinaryConfig(activations=FLOAT))
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
 def test_without_data_nothing_is_done():
