@@ -45,8 +45,9 @@ class PruningCallback(TrainerCallback):
             `"linear"`, or `"constant"` (all of it at `begin`, in one update).
 
     Raises:
-        ValueError: if `begin`, `end`, the numbers or the schedule are out of range, the config asks for several steps
-            or for a measured latency, or movement would be scored before anything has moved.
+        ValueError: if `begin`, `end`, the numbers or the schedule are out of range, the config asks for several
+            steps, for a measured latency or for a repair of single weights, which the training itself does, or movement
+            would be scored before anything has moved.
         TypeError: if the config is of no known kind.
     """
 
