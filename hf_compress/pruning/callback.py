@@ -46,8 +46,8 @@ class PruningCallback(TrainerCallback):
 
     Raises:
         ValueError: if `begin`, `end`, the numbers or the schedule are out of range, the config asks for several
-            steps, for a measured latency or for a repair of single weights, which the training itself does, or movement
-            would be scored before anything has moved.
+            steps, for a measured latency or for a repair of single weights, which the training itself does, or
+            movement would be scored before anything has moved.
         TypeError: if the config is of no known kind.
     """
 
