@@ -2,7 +2,36 @@
 
 import os
 
+import pytest
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Threads that wait for each other cost more than they gain on models this small.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.fixture
+def quiet_surroundings(tmp_path, monkeypatch):
+    """The command line sets what its process logs and shows; here, that is put back."""
+    from transformers.utils import logging
+
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setenv("COLUMNS", "200")
+    verbosity = logging.get_verbosity()
+    yield
+    logging.set_verbosity(verbosity)
+    logging.enable_progress_bar()
+
+
+@pytest.fixture
+def call(capsys):
+    """Calls the command line; returns its exit code, and what it wrote to stdout and stderr."""
+    from hf_compress.cli import main
+
+    def run(*words):
+        with pytest.raises(SystemExit) as stopped:
+            main([str(word) for word in words])
+        out, err = capsys.readouterr()
+        return stopped.value.code or 0, out, err
+
+    return run

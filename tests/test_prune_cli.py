@@ -10,11 +10,10 @@ from datasets import Dataset, DatasetDict
 from matplotlib.image import imread
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertModel, pipeline
-from transformers.utils import logging as transformers_logging
 
 import hf_compress as hc
 from hf_compress.checkpoint.widths import read_widths
-from hf_compress.cli import main, parse_prune
+from hf_compress.cli import parse_prune
 from hf_compress.data import load_splits
 from hf_compress.job import PruneJob
 from hf_compress.material import CALIBRATION_BATCH
@@ -25,15 +24,7 @@ from tests.tiny_job import files_of, make_inputs, quality, tiny_texts, write_row
 MODEL = {"intermediate_size": 64}
 
 
-@pytest.fixture(autouse=True)
-def _quiet_surroundings(tmp_path, monkeypatch):
-    """The command line sets what its process logs and shows; here, that is put back."""
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setenv("COLUMNS", "200")
-    verbosity = transformers_logging.get_verbosity()
-    yield
-    transformers_logging.set_verbosity(verbosity)
-    transformers_logging.enable_progress_bar()
+pytestmark = pytest.mark.usefixtures("quiet_surroundings")
 
 
 @pytest.fixture(scope="module")
@@ -50,19 +41,6 @@ def prune_job(inputs, output, **job):
 def run(inputs):
     """A finished run, and its report."""
     return inputs / "run", prune_classifier(prune_job(inputs, inputs / "run"), hc.StructuredPruningConfig())
-
-
-@pytest.fixture
-def call(capsys):
-    """Calls the command line; returns its exit code, and what it wrote to stdout and stderr."""
-
-    def run(*words):
-        with pytest.raises(SystemExit) as stopped:
-            main([str(word) for word in words])
-        out, err = capsys.readouterr()
-        return stopped.value.code or 0, out, err
-
-    return run
 
 
 def logits(folder, texts):

@@ -8,11 +8,10 @@ import torch
 from datasets import Dataset, DatasetDict
 from matplotlib.image import imread
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig, pipeline
-from transformers.utils import logging as transformers_logging
 
 import hf_compress as hc
 from hf_compress.classifiers import Yardstick, score_alone
-from hf_compress.cli import main, parse_quantize
+from hf_compress.cli import parse_quantize
 from hf_compress.data import load_splits
 from hf_compress.format_options import needs_texts
 from hf_compress.formats.packed import PackedModule
@@ -30,15 +29,7 @@ CONFIGS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _quiet_surroundings(tmp_path, monkeypatch):
-    """The command line sets what its process logs and shows; here, that is put back."""
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setenv("COLUMNS", "200")
-    verbosity = transformers_logging.get_verbosity()
-    yield
-    transformers_logging.set_verbosity(verbosity)
-    transformers_logging.enable_progress_bar()
+pytestmark = pytest.mark.usefixtures("quiet_surroundings")
 
 
 @pytest.fixture(scope="module")
@@ -55,19 +46,6 @@ def quantize_job(inputs, output, **job):
 def run(inputs):
     """A finished run, and its report."""
     return inputs / "run", quantize_classifier(quantize_job(inputs, inputs / "run"), CONFIGS)
-
-
-@pytest.fixture
-def call(capsys):
-    """Calls the command line; returns its exit code, and what it wrote to stdout and stderr."""
-
-    def run(*words):
-        with pytest.raises(SystemExit) as stopped:
-            main([str(word) for word in words])
-        out, err = capsys.readouterr()
-        return stopped.value.code or 0, out, err
-
-    return run
 
 
 def load(folder):

@@ -6,36 +6,13 @@ from dataclasses import fields
 
 import pytest
 from transformers import BitsAndBytesConfig
-from transformers.utils import logging as transformers_logging
 
 import hf_compress as hc
-from hf_compress.cli import Once, main, parse_quantize
+from hf_compress.cli import Once, parse_quantize
 from hf_compress.format_options import FORMATS, format_settings, needs_texts
 from hf_compress.job import QuantizeJob
 
-
-@pytest.fixture(autouse=True)
-def _quiet_surroundings(tmp_path, monkeypatch):
-    """The command line sets what its process logs and shows; here, that is put back."""
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setenv("COLUMNS", "200")
-    verbosity = transformers_logging.get_verbosity()
-    yield
-    transformers_logging.set_verbosity(verbosity)
-    transformers_logging.enable_progress_bar()
-
-
-@pytest.fixture
-def call(capsys):
-    """Calls the command line; returns its exit code, and what it wrote to stdout and stderr."""
-
-    def run(*words):
-        with pytest.raises(SystemExit) as stopped:
-            main([str(word) for word in words])
-        out, err = capsys.readouterr()
-        return stopped.value.code or 0, out, err
-
-    return run
+pytestmark = pytest.mark.usefixtures("quiet_surroundings")
 
 
 def test_help_shows_every_option(call):
