@@ -84,7 +84,7 @@ def distill(
     if help_ or help_all:
         print_distill_help(everything=help_all)
         raise typer.Exit
-    from hf_compress.pipeline import distill as run
+    from hf_compress.distill_run import distill as run
     from hf_compress.report import show_report
 
     job, args = parse_distill(context.args)

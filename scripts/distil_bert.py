@@ -22,7 +22,7 @@ A stopped run continues with the same command. `--help` shows the usual options,
 import sys
 
 from hf_compress.cli import parse_distill, print_distill_help
-from hf_compress.pipeline import distill
+from hf_compress.distill_run import distill
 from hf_compress.report import show_report
 
 

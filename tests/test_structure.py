@@ -28,7 +28,11 @@ TREES = {path: ast.parse(path.read_text(), str(path)) for path in FILES}
 # What each layer may import, itself apart. "pruning" allows all of that folder, "pruning.config" that file alone.
 BASE = {"checkpoint", "formats", "modeling"}
 STEPS = {"distillation", "pruning", "quantization"}
-CONFIGS = {f"{step}.config" for step in STEPS} | {"distillation.arguments", "pruning.unstructured_config"}
+CONFIGS = {f"{step}.config" for step in STEPS} | {
+    "distillation.arguments",
+    "pruning.unstructured_config",
+    "pruning.vocabulary_config",
+}
 ALLOWED = {
     "modeling": set(),
     "formats": set(),
@@ -50,10 +54,13 @@ ALLOWED = {
     "quantize_figure": {"report_words"},
     "card": {"report"},
     "hub": {"card", "report"},
-    "recipe": CONFIGS,
+    "recipe_steps": CONFIGS | {"format_options"},
+    "recipe": {"recipe_steps", "recipe_yaml"},
+    "recipe_yaml": set(),
+    "distill_run": BASE | STEPS | {"classifiers", "evaluation", "data", "job", "stages", "report"},
     "pipeline": BASE
     | STEPS
-    | {"classifiers", "evaluation", "data", "job", "stages", "report", "card", "hub", "recipe"},
+    | {"evaluation", "data", "material", "stages", "recipe", "recipe_steps", "run_report", "task_data", "card", "hub"},
     "prune_kinds": BASE | {"pruning"},
     "prune_run": BASE | {"pruning", "prune_kinds", "classifiers", "data", "job", "material", "stages", "report"},
     "quantize_run": BASE
