@@ -9,8 +9,8 @@ from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertModel, TrainerCallback
 
-from hf_compress.job import DistillJob, run_settings
 from hf_compress.distill_run import distill
+from hf_compress.job import DistillJob, run_settings
 from tests.tiny_job import (
     files_of,
     make_inputs,
