@@ -36,6 +36,7 @@ FORMATS_FIGURE, NOISE_FIGURE = "formats.png", "noise.png"
 # What was timed, and chosen: a run that continues must not choose again.
 CHOICE_FILE = "choice.json"
 
+Batch = Mapping[str, Any]
 Configs = Mapping[str, Any]
 
 
@@ -207,7 +208,7 @@ def measure(job: QuantizeJob, configs: Configs, material: Material) -> dict[str,
     output, yardstick = Path(job.output_dir), _yardstick(job, material)
     paths = {DENSE: job.model} | {name: str(output / name) for name in configs}
     models = load_all(paths, device_of(job))
-    noise = {name: _noise(models[name], models[DENSE], yardstick) for name in configs}
+    noise = {name: noise_of(models[name], models[DENSE], cost_batch(yardstick)) for name in configs}
     report = {
         "job": job_settings(job),
         "quantization": {name: format_settings(config) for name, config in configs.items()},
@@ -271,17 +272,25 @@ def _takes_tables(config: Any) -> bool:
     return bool(getattr(config, "embeddings", False))
 
 
-def _noise(
-    model: "PreTrainedModel", dense: "PreTrainedModel", yardstick: Yardstick
-) -> dict[str, dict[str, float | None]]:
-    """What `measure_noise` finds, as plain JSON types: infinite ratios, where nothing was lost, become `None`."""
+def noise_of(model: "PreTrainedModel", dense: "PreTrainedModel", batch: Batch) -> dict[str, dict[str, float | None]]:
+    """What rounding did to each module, as `measure_noise` finds it.
+
+    Args:
+        model (`PreTrainedModel`): The quantized model.
+        dense (`PreTrainedModel`): The model before.
+        batch (`dict[str, torch.Tensor]`): Inputs.
+
+    Returns:
+        `dict`: Plain JSON types: signal-to-noise ratios in dB of `"weights"` and `"outputs"` by module, `None` where
+        nothing was lost; empty for formats of other libraries.
+    """
     if not any(isinstance(module, PackedModule) for module in model.modules()):
         return {}
 
     def plain(ratio: float | None) -> float | None:
         return ratio if ratio is not None and math.isfinite(ratio) else None
 
-    found = measure_noise(model, dense, [cost_batch(yardstick)])
+    found = measure_noise(model, dense, [batch])
     return {name: {"weights": plain(one.weights), "outputs": plain(one.outputs)} for name, one in found.items()}
 
 

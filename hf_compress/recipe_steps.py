@@ -195,6 +195,15 @@ class PruneStep(StructuredPruningConfig):
         super().__post_init__()
         _check_texts(self.n_texts)
 
+    def config(self, seed: int) -> StructuredPruningConfig:
+        """What `prune` takes.
+
+        Args:
+            seed (`int`): The recipe's, where the step has none of its own.
+        """
+        given = {one.name: getattr(self, one.name) for one in fields(StructuredPruningConfig)}
+        return StructuredPruningConfig(**given | {"seed": seed if self.seed is None else self.seed})
+
 
 @dataclass
 class SparsifyStep(UnstructuredPruningConfig):
@@ -208,6 +217,15 @@ class SparsifyStep(UnstructuredPruningConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_texts(self.n_texts)
+
+    def config(self, seed: int) -> UnstructuredPruningConfig:
+        """What `prune` takes.
+
+        Args:
+            seed (`int`): The recipe's, where the step has none of its own.
+        """
+        given = {one.name: getattr(self, one.name) for one in fields(UnstructuredPruningConfig)}
+        return UnstructuredPruningConfig(**given | {"seed": seed if self.seed is None else self.seed})
 
 
 @dataclass

@@ -22,7 +22,7 @@ RUN_FILE = "run.json"
 REPORT_FILE = "report.json"
 _MADE_BY = "hf-compress"
 # What a stage's folder is called while it is made: its training checkpoints, and the model being saved.
-_WORK, _PARTIAL = ".training", ".partial"
+WORK, PARTIAL = ".training", ".partial"
 
 
 def open_run(folder: Path, settings: dict[str, Any], overwrite: bool, stages: Sequence[str] = ()) -> None:
@@ -88,7 +88,7 @@ def _check_continuable(folder: Path, stored: dict[str, Any], settings: dict[str,
 
 def _delete_results(folder: Path, stages: Sequence[str]) -> None:
     # By name, because someone may keep notes, or models made of these, in the same folder.
-    made = {f"{name}{suffix}" for name in (REPORT_FILE, "report.md", *stages) for suffix in ("", _WORK, _PARTIAL)}
+    made = {f"{name}{suffix}" for name in (REPORT_FILE, "report.md", *stages) for suffix in ("", WORK, PARTIAL)}
     # Of what is there, so that no name in the run's file can lead out of the folder.
     for path in [path for path in folder.iterdir() if path.name in made]:
         if path.is_dir():
@@ -108,7 +108,7 @@ def train_once(folder: Path, make_trainer: Callable[[Path], Trainer]) -> bool:
     Returns:
         `bool`: Whether anything was trained.
     """
-    work = folder.with_name(folder.name + _WORK)
+    work = folder.with_name(folder.name + WORK)
     if folder.exists():
         logger.info("%s is there already.", folder.name)
         # A run that was stopped right after it saved the model has left them.
@@ -135,7 +135,7 @@ def save_whole(folder: Path, model: "PreTrainedModel", tokenizer: "PreTrainedTok
         model (`PreTrainedModel`): The model.
         tokenizer (`PreTrainedTokenizerBase` or `None`): Its tokenizer.
     """
-    partial = folder.with_name(folder.name + _PARTIAL)
+    partial = folder.with_name(folder.name + PARTIAL)
     model.save_pretrained(partial)
     if tokenizer is not None:
         tokenizer.save_pretrained(partial)
