@@ -138,7 +138,9 @@ def training_arguments(step: TrainingStep, work: Path, seed: int) -> Distillatio
     """
     own = {"arguments", "augment_copies"}
     given = {one.name: getattr(step, one.name) for one in fields(step) if one.name not in own}
-    return DistillationArguments(output_dir=str(work), seed=seed, **(_DEFAULTS | given | step.arguments))
+    # Trainer takes bf16 on a CPU only where it is said that a CPU is meant.
+    device = {"use_cpu": torch.accelerator.current_accelerator(check_available=True) is None}
+    return DistillationArguments(output_dir=str(work), seed=seed, **(_DEFAULTS | device | given | step.arguments))
 
 
 def load(path: str, data: "TaskData", **options: Any) -> "PreTrainedModel":

@@ -55,7 +55,8 @@ ALLOWED = {
     "card": {"report"},
     "hub": {"card", "report"},
     "recipe_steps": CONFIGS | {"format_options"},
-    "recipe": {"recipe_steps", "recipe_yaml"},
+    "recipe": {"recipe_steps", "recipe_yaml", "recipe_order"},
+    "recipe_order": {"recipe_steps"},
     "recipe_yaml": set(),
     "distill_run": BASE | STEPS | {"classifiers", "evaluation", "data", "job", "stages", "report"},
     "pipeline": BASE
