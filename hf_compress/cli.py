@@ -22,9 +22,11 @@ from hf_compress.help_pages import (
     print_distill_help,
     print_prune_help,
     print_quantize_help,
+    print_run_help,
 )
 
 if TYPE_CHECKING:
+    from hf_compress.cli_run import RunJob
     from hf_compress.distillation.arguments import DistillationArguments
     from hf_compress.job import DistillJob, PruneJob, QuantizeJob, SparsifyJob
     from hf_compress.pruning.config import StructuredPruningConfig
@@ -129,6 +131,45 @@ def quantize(
 
     job, configs = parse_quantize(context.args)
     show_report(quantize_classifier(job, configs), job.output_dir)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+)
+def run(
+    context: typer.Context,
+    help_: Annotated[bool, typer.Option("--help", "-h", help="Show the options and stop.")] = False,
+) -> None:
+    """Run a recipe: all steps in order, each saved, reloaded and measured. See `hf-compress run --help`."""
+    if help_:
+        print_run_help()
+        raise typer.Exit
+    from hf_compress.cli_run import run_recipe
+
+    file, job = parse_run(context.args)
+    raise typer.Exit(run_recipe(file, job))
+
+
+def parse_run(arguments: list[str]) -> "tuple[str, RunJob]":
+    """Parses a command line of `hf-compress run`.
+
+    Args:
+        arguments (`list[str]`): The recipe's file, then options.
+
+    Returns:
+        `tuple[str, RunJob]`: The file, and what is asked for.
+
+    Raises:
+        ValueError: if there is no file, or an option is missing, unknown or has no such value.
+    """
+    from hf_compress.cli_run import RunJob
+
+    if not arguments or arguments[0].startswith("-"):
+        raise ValueError(
+            "There is no recipe: give its file first, as in `hf-compress run recipe.yaml --output-dir FOLDER`."
+        )
+    return arguments[0], _parse("run", (RunJob,), arguments[1:], {})[0]
 
 
 def parse_distill(arguments: list[str]) -> "tuple[DistillJob, DistillationArguments]":

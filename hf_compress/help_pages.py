@@ -1,6 +1,6 @@
 """The pages of `hf-compress COMMAND --help`: what a command does, examples, and tables of its options."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, Field, fields
 from typing import Any
 
@@ -170,15 +170,49 @@ def print_quantize_help() -> None:
     out.print("--debug shows the traceback of an error, and all logs.")
 
 
-def _option_table(title: str, options: Iterable[Field], defaults: Mapping[str, Any]) -> Table:
-    table = Table("option", "default", "meaning", title=title, title_justify="left", expand=True)
+def print_run_help() -> None:
+    """Prints the options of `hf-compress run`, and the steps that a recipe can have."""
+    from hf_compress.cli_run import RunJob
+    from hf_compress.recipe_steps import STEPS, DataConfig, MeasureConfig
+
+    out = Console()
+    out.print("[bold]hf-compress run[/] RECIPE.yaml --output-dir FOLDER \\[options]\n")
+    out.print(
+        "Applies the steps of a recipe in order. Each is saved to a folder of its own, loaded again and measured. A "
+        "run that was stopped continues with the same command; a changed recipe re-does what follows the change. The "
+        "exit code is 3 where an `evaluate` step was not passed.\n"
+    )
+    out.print("[bold]Example[/]: five times fewer multiply-accumulates, int8, on your own data\n")
+    out.print(
+        "  hf-compress run prune-distil-int8.yaml --model ./my-encoder --dataset ./reviews \\\n"
+        "      --text-columns review --label-column sentiment --output-dir ./small\n"
+    )
+    out.print("[bold]Example[/]: what it would do, with the sizes expected\n")
+    out.print("  hf-compress run recipe.yaml --output-dir ./small --dry-run\n")
+    out.print(_option_table("Options", fields(RunJob), {}))
+    out.print("A recipe has `model`, `data`, `steps`, and where wanted `seed` and `measure`:\n")
+    for title, kind in (("data", DataConfig), ("measure", MeasureConfig)):
+        out.print(_option_table(title, fields(kind), {}, name=str))
+    for name, kind in STEPS.items():
+        out.print(_option_table(f"- {name}: {(kind.__doc__ or '').splitlines()[0]}", fields(kind), {}, name=str))
+    out.print("--debug shows the traceback of an error, and all logs.")
+
+
+def _option_table(
+    title: str, options: Iterable[Field], defaults: Mapping[str, Any], name: Callable[[str], str] | None = None
+) -> Table:
+    # Keys of a file stand as they are, options of a command line with dashes.
+    name = name or option
+    table = Table(
+        "key" if name is str else "option", "default", "meaning", title=title, title_justify="left", expand=True
+    )
     for one in sorted(options, key=_is_optional):
         default = one.default_factory() if one.default_factory is not MISSING else one.default
         default = defaults.get(one.name, default)
         default = " ".join(map(str, default)) if isinstance(default, list | tuple) else default
         shown = "[red]required[/]" if default is MISSING else "" if default is None else escape(str(default))
         meaning = escape(" ".join(one.metadata.get("help", "").split()))
-        table.add_row(option(one.name), shown, meaning)
+        table.add_row(name(one.name), shown, meaning)
     table.columns[0].no_wrap = True
     return table
 

@@ -14,6 +14,8 @@ from hf_compress.pruning.vocabulary import prune_vocabulary
 from hf_compress.recipe_steps import FinetuneStep, StudentStep, TrainingStep, VocabularyStep
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from hf_compress.recipe import Recipe
     from hf_compress.task_data import TaskData
 
@@ -21,13 +23,16 @@ if TYPE_CHECKING:
 _OF_A_TRAINING = 6
 
 
-def check_before(recipe: "Recipe", data: "TaskData", output: Path) -> None:
+def check_before(recipe: "Recipe", data: "TaskData", output: Path) -> "PreTrainedModel":
     """Raises if model and data do not fit each other, a step's values are refused, or the output holds the inputs.
 
     Args:
         recipe (`Recipe`): What is to be done.
         data (`TaskData`): The rows.
         output (`Path`): The run's folder.
+
+    Returns:
+        `PreTrainedModel`: The model that the recipe names.
 
     Raises:
         ValueError: with what does not fit, and what to do.
@@ -48,11 +53,12 @@ def check_before(recipe: "Recipe", data: "TaskData", output: Path) -> None:
     data.label_ids(data.train, model)
     for place in places_of(recipe, output):
         if isinstance(place.step, StudentStep):
-            model = make_student(model, place.step)
+            make_student(model, place.step)
         if isinstance(place.step, VocabularyStep) and not place.folder.exists():
             prune_vocabulary(model, tokenizer, data.texts, place.step)
         if isinstance(place.step, TrainingStep):
             training_arguments(place.step, place.work, recipe.seed)
+    return model
 
 
 def check_room(place: Place) -> None:

@@ -40,7 +40,7 @@ _DEFAULTS: dict[str, Any] = {
     "per_device_eval_batch_size": 64,
     "plain_attention": "auto",
     "train_sampling_strategy": "group_by_length",
-    "logging_steps": 20,
+    "logging_steps": 0.02,
     "save_steps": 0.1,
     "save_total_limit": 1,
     "report_to": "none",
@@ -260,7 +260,8 @@ def _cache(
     return TeacherCache.build(
         _cache_folder(place),
         teacher.to(args.device),
-        rows,
+        # Answers are found by what a row holds, so the order is free: batches of one length have no padding.
+        rows.sort("length"),
         data_collator=collator,
         precision="fp16" if signals else "fp32",
         signals=signals,

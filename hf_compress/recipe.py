@@ -1,42 +1,37 @@
 """A recipe: what to compress, on which data, and the steps in their order; and the YAML that says so."""
 
-import difflib
-import types
-import typing
-from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from hf_compress.format_options import FORMATS
+from hf_compress.recipe_fields import build, construct, convert, mapping_of, read_fields, shown, suggest
 from hf_compress.recipe_order import check_order
-from hf_compress.recipe_steps import STEPS, DataConfig, MeasureConfig, QuantizeStep, Step
-from hf_compress.recipe_yaml import KeyPath, Located, read_yaml, write_yaml
+from hf_compress.recipe_steps import STEPS, DataConfig, MeasureConfig, PruneStep, QuantizeStep, Step
+from hf_compress.recipe_yaml import Block, Written, as_written, read_yaml, write_yaml
 
 _KEYS = ("model", "data", "seed", "measure", "steps")
+_DATA = [one.name for one in fields(DataConfig)]
+# What says most about a step is written even where it is the default.
+_ALWAYS = {(PruneStep, "budget")}
 
 
-@dataclass
+@dataclass(eq=False)
 class Recipe:
-    """What to compress, how, and how the results are measured.
-
-    Args:
-        model (`str`): The model: a folder, or a name on the Hub.
-        data (`DataConfig`): The rows to learn from and to measure on.
-        steps (`list[Step]`): In order.
-        seed (`int`, *optional*, defaults to 0): Of all that is drawn by chance.
-        measure (`MeasureConfig`, *optional*): How models are measured.
-
-    Raises:
-        ValueError: if the order of the steps cannot work.
-    """
+    """What to compress, how, and how the results are measured. Two are equal if they ask for the same."""
 
     model: str = field(metadata={"help": "The model to compress: a folder, or a name on the Hub."})
     data: DataConfig = field(metadata={"help": "The rows to learn from and to measure on."})
     steps: list[Step] = field(metadata={"help": "What is done, in order."})
-    seed: int = field(default=0, metadata={"help": "Of all that is drawn by chance."})
+    seed: int = field(default=0, metadata={"help": "Of all that is drawn by chance, from 0 to below 2^32."})
     measure: MeasureConfig = field(default_factory=MeasureConfig, metadata={"help": "How models are measured."})
 
     def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed} is out of range: give a whole number from 0 to below 2^32.")
+        unknown = next((step for step in self.steps if not isinstance(step, Step)), None)
+        if unknown is not None:
+            raise TypeError(f"steps holds {unknown!r}, which is no step: give PruneStep(...), QuantizeStep(...) ...")
         check_order(self.steps)
 
     @classmethod
@@ -44,7 +39,8 @@ class Recipe:
         """Reads a recipe.
 
         Args:
-            source (`str` or `Path`): A file, or YAML itself if the text has a line break.
+            source (`str` or `Path`): A file, or YAML itself: a string with a line break. Paths in it are relative to
+                the working directory.
             **overrides: `model`, `seed`, and fields of `DataConfig`, in the place of what the file says or lacks;
                 `None` changes nothing.
 
@@ -54,181 +50,149 @@ class Recipe:
         Raises:
             ValueError: if a key or a value is wrong, something is missing, or the order cannot work; with the line.
         """
-        is_text = isinstance(source, str) and "\n" in source
-        if not is_text and not Path(source).is_file():
-            raise ValueError(f"There is no file {source}: check the path (the working folder is {Path.cwd()}).")
-        text = source if is_text else Path(source).read_text(encoding="utf-8")
-        located = read_yaml(str(text))
-        if not isinstance(located.value, dict):
-            raise ValueError("A recipe is a mapping with model, data and steps: see scripts/recipes for examples.")
-        return _read(cls, located, {name: value for name, value in overrides.items() if value is not None})
+        return _read(read_yaml(source), overrides)
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any], **overrides: Any) -> "Recipe":
+        """Reads what `to_dict` gave, such as the recipe in a report.
+
+        Args:
+            content (`dict`): Plain JSON types.
+            **overrides: As for `from_yaml`.
+
+        Returns:
+            `Recipe`: Checked.
+
+        Raises:
+            ValueError: as for `from_yaml`.
+        """
+        return _read(as_written(content, "The recipe"), overrides)
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe as plain JSON types, without what is as by default."""
-        plain: dict[str, Any] = {"model": self.model, "data": _plain(self.data)}
-        if self.seed:
-            plain["seed"] = self.seed
-        if measure := _plain(self.measure):
-            plain["measure"] = measure
-        return plain | {"steps": [{step.key: _plain(step)} for step in self.steps]}
+        """The recipe as plain JSON types, without settings that are as by default.
+
+        Returns:
+            `dict`: With `model`, `data`, `seed`, `measure` and `steps`; each step is a dict of one key.
+        """
+        return {
+            "model": self.model,
+            "data": _settings(self.data),
+            "seed": self.seed,
+            "measure": _settings(self.measure),
+            "steps": [{step.key: _settings(step)} for step in self.steps],
+        }
 
     def to_yaml(self) -> str:
         """The recipe as YAML, from which `from_yaml` makes the same one."""
-        plain = self.to_dict()
+        content = {name: value for name, value in self.to_dict().items() if value}
         # A step without settings is a word alone.
-        plain["steps"] = [one if next(iter(one.values())) else next(iter(one)) for one in plain["steps"]]
-        return write_yaml(plain)
+        steps = [(step.key, _settings(step)) for step in self.steps]
+        content["steps"] = Block({key: settings} if settings else key for key, settings in steps)
+        return write_yaml(content)
+
+    def __eq__(self, other: object) -> bool:
+        # A list and a tuple, or a default that is given, ask for the same.
+        return isinstance(other, Recipe) and self.to_dict() == other.to_dict()
 
 
-def _read(cls: type[Recipe], located: Located, overrides: dict[str, Any]) -> Recipe:
-    content = located.value
-    _check_keys(content, _KEYS, (), located, "a recipe")
-    data = dict(content.get("data") or {})
-    for name, value in overrides.items():
-        if name in ("model", "seed"):
-            content[name] = value
-        elif name in {one.name for one in fields(DataConfig)}:
-            data[name] = value
-        else:
-            raise ValueError(f"{name}={value!r} is nothing that a recipe's data have: check its name.")
-    for value, what, option in (
-        (content.get("model"), "model", "--model"),
-        (data.get("dataset"), "data", "--dataset"),
-    ):
-        if not value:
-            example = "model: NAME" if what == "model" else "data: {dataset: NAME}"
-            raise ValueError(f"The recipe does not say which {what}: add `{example}` to it, or give {option}.")
-    steps = content.get("steps")
-    if not isinstance(steps, list) or not steps:
-        raise ValueError(_at(located, ("steps",)) + "a recipe has a list of steps, such as `- prune:`.")
-    _check_type(content["model"], str, ("model",), located)
-    _check_type(content.get("seed", 0), int, ("seed",), located)
-    made = [_read_step(step, ("steps", number), located) for number, step in enumerate(steps)]
-    check_order(made, [located.lines.get(("steps", number)) for number in range(len(steps))])
-    measure = _build(MeasureConfig, content.get("measure") or {}, ("measure",), located, "measure")
-    config = _build(DataConfig, data, ("data",), located, "data")
-    return cls(content["model"], config, made, content.get("seed", 0), measure)
-
-
-def _read_step(content: Any, path: KeyPath, located: Located) -> Step:
-    content = {content: None} if isinstance(content, str) else content
-    if not isinstance(content, dict) or len(content) != 1:
-        raise ValueError(_at(located, path) + "a step is one key with its settings below it, such as `- prune:`.")
-    key, settings = next(iter(content.items()))
-    path = (*path, key)
-    _check_keys(content, STEPS, path[:-1], located, "a step")
-    settings = {} if settings is None else settings
-    if not isinstance(settings, dict):
-        raise ValueError(_at(located, path) + f"{key}: {settings!r} is no mapping: write its settings below it.")
-    kind = STEPS[key]
-    if kind is QuantizeStep:
-        own = {one.name for one in fields(kind)} - {"options"}
-        options = {name: value for name, value in settings.items() if name not in own}
-        settings = {name: value for name, value in settings.items() if name in own} | {"options": options}
-    return _build(kind, settings, path, located, key)
-
-
-def _build(kind: type, content: Any, path: KeyPath, located: Located, what: str) -> Any:
-    """A dataclass of a mapping, each value of which is checked."""
-    if not isinstance(content, dict):
-        raise ValueError(_at(located, path) + f"{what} is {content!r}, and a mapping is needed.")
-    known = {one.name: one for one in fields(kind) if one.init}
-    _check_keys(content, known, path, located, what)
-    for name, one in known.items():
-        if name not in content and one.default is MISSING and one.default_factory is MISSING:
-            raise ValueError(_at(located, path) + f"{what} needs {name}: {one.metadata.get('help', '')}")
-    hints = typing.get_type_hints(kind)
-    values = {name: _convert(value, hints[name], (*path, name), located) for name, value in content.items()}
-    try:
-        return kind(**values)
-    except (ValueError, TypeError) as error:
-        raise ValueError(_at(located, path) + f"{what}: {error}") from error
-
-
-def _convert(value: Any, hint: Any, path: KeyPath, located: Located) -> Any:
-    """A value as a field wants it: mappings become dataclasses where the field holds some."""
-    inner = next((arg for arg in typing.get_args(hint) if is_dataclass(arg)), None)
-    if inner is not None and isinstance(value, list):
-        return [_build(inner, one, (*path, number), located, str(path[-1])) for number, one in enumerate(value)]
-    if is_dataclass(hint):
-        return _build(hint, value, path, located, str(path[-1]))
-    return _check_type(value, hint, path, located)
-
-
-def _check_type(value: Any, hint: Any, path: KeyPath, located: Located) -> Any:
-    if not _fits(value, hint):
-        raise ValueError(_at(located, path) + f"{path[-1]} is {value!r}, and {_said(hint)} is needed.")
-    return value
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return True
-    if hint is None or hint is type(None):
-        return value is None
-    if origin is Literal:
-        return any(value == one and type(value) is type(one) for one in inner)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, one) for one in inner)
-    if origin in (list, Sequence):
-        return isinstance(value, list) and all(_fits(one, inner[0]) for one in value)
-    if origin is tuple:
-        kinds = [inner[0]] * len(value) if isinstance(value, list) and inner[-1] is ... else inner
-        return isinstance(value, list) and len(value) == len(kinds) and all(map(_fits, value, kinds))
-    if origin is dict or hint is dict:
-        return isinstance(value, dict)
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
-
-
-def _said(hint: Any) -> str:
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    names = {float: "a number", int: "a whole number", str: "a text", bool: "true or false", type(None): "null"}
-    if hint in names:
-        return names[hint]
-    if origin is Literal:
-        return f"one of {', '.join(map(str, inner))}"
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(_said(one) for one in inner)
-    return "a mapping" if origin is dict or hint is dict else "a list"
-
-
-def _check_keys(content: dict, known: Any, path: KeyPath, located: Located, what: str) -> None:
-    for key in content:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            meant = f" (did you mean {near[0]}?)" if near else ""
+def _read(written: Written, overrides: dict[str, Any]) -> Recipe:
+    content = dict(mapping_of(written, "a recipe"))
+    for key, item in content.items():
+        if key not in _KEYS:
+            belongs = ", which belongs below `data:`" if key in _DATA else f": {suggest(key, _KEYS)}"
+            raise item.refuse(f"a recipe has no {key!r}{belongs}")
+    data = dict(mapping_of(content["data"], "data")) if "data" in content else {}
+    _override(content, data, overrides)
+    name = written.place.partition(", line")[0]
+    for given, key, line in ((content, "model", "`model: NAME`"), (data, "dataset", "`dataset: NAME` below `data:`")):
+        if key not in given or given[key].value in (None, ""):
             raise ValueError(
-                _at(located, (*path, key)) + f"{key} is none of the keys of {what}{meant}: {', '.join(known)}."
+                f"{name} does not say which {key}: write {line} into it, or give --{key} NAME on the command line, "
+                f'{key}="NAME" in Python.'
             )
+    empty = Written({}, name)
+    steps = _read_steps(content.get("steps", empty._replace(value=None)))
+    top = {
+        "model": convert(str, content["model"], "model"),
+        "data": build(DataConfig, content.get("data", empty)._replace(value=data), "data"),
+        "steps": steps,
+        "seed": convert(int, content["seed"], "seed") if "seed" in content else 0,
+        "measure": build(MeasureConfig, content.get("measure", empty), "measure"),
+    }
+    return construct(Recipe, top, written._replace(value=content), "a recipe")
 
 
-def _at(located: Located, path: KeyPath) -> str:
-    """The line of a value, or of what it is in, as the beginning of a sentence."""
-    while path and path not in located.lines:
-        path = path[:-1]
-    return f"Line {located.lines[path]}: " if path in located.lines and path else ""
+def _override(content: dict[str, Written], data: dict[str, Written], overrides: dict[str, Any]) -> None:
+    """Puts what was given beside a file into its place."""
+    for name, value in overrides.items():
+        if name not in ("model", "seed", *_DATA):
+            raise TypeError(f"a recipe takes no {name!r}: {suggest(name, ('model', 'seed', *_DATA))}")
+        if value is not None:
+            value = [value] if name == "text_columns" and isinstance(value, str) else value
+            place = data if name in _DATA else content
+            place[name] = as_written(str(value) if isinstance(value, Path) else value, f"What was given as {name}")
 
 
-def _plain(config: Any) -> dict[str, Any]:
-    """The fields of a dataclass that differ from their defaults, as plain JSON types."""
-    plain = {}
+def _read_steps(written: Written) -> list[Step]:
+    if not isinstance(written.value, list) or not written.value:
+        raise written.refuse("a recipe needs a list of steps below `steps:`, one at least, such as `- prune:`.")
+    steps = [_read_step(one) for one in written.value]
+    check_order(steps, [one.place for one in written.value])
+    return steps
+
+
+def _read_step(written: Written) -> Step:
+    if isinstance(written.value, str):
+        written = written._replace(value={written.value: written._replace(value=None)})
+    if not isinstance(written.value, dict) or not written.value:
+        raise written.refuse(f"a step is {shown(written)}: write its name with a colon, such as `- prune:`.")
+    (key, settings), *others = written.value.items()
+    if key not in STEPS:
+        raise settings.refuse(f"there is no step {key!r}: {suggest(key, STEPS)}")
+    if others:
+        name, other = others[0]
+        remedy = f"begin its line with `- {name}:`" if name in STEPS else "indent its line by two spaces more"
+        raise other.refuse(f"{name} stands beside {key} and not below it: {remedy}.")
+    return _read_quantize(settings) if STEPS[key] is QuantizeStep else build(STEPS[key], settings, key)
+
+
+def _read_quantize(written: Written) -> QuantizeStep:
+    """A step whose options stand beside the name of the format."""
+    given = mapping_of(written, "quantize")
+    name = given["format"].value if "format" in given else None
+    if "format" in given and name not in FORMATS:
+        raise given["format"].refuse(f"format of quantize is {shown(given['format'])}: {suggest(str(name), FORMATS)}")
+    kinds = {one: [option.name for option in fields(FORMATS[one].options)] for one in FORMATS}
+    for key, item in given.items():
+        owners = [one for one, options in kinds.items() if key in options]
+        if name is not None and owners and name not in owners:
+            own = ", ".join(kinds[name]) or "no options"
+            raise item.refuse(f"{key} is an option of {', '.join(owners)} and not of {name}, which has {own}.")
+    options = FORMATS[name].options if name is not None else None
+    values = read_fields([QuantizeStep, options] if options else [QuantizeStep], written, "quantize", {"options"})
+    chosen = {key: values.pop(key) for key in kinds[name] if key in values}
+    return construct(QuantizeStep, values | {"options": chosen}, written, "quantize")
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    """The fields that differ from their defaults, and those that are always written, as plain JSON types."""
+    settings = {}
     for one in fields(config):
-        value = getattr(config, one.name)
+        value = _plain(getattr(config, one.name))
         default = one.default if one.default_factory is MISSING else one.default_factory()
-        if value != default and _listed(value) != _listed(default):
-            plain[one.name] = _listed(value)
+        if value != _plain(default) or (type(config), one.name) in _ALWAYS:
+            settings[one.name] = value
     if isinstance(config, QuantizeStep):
-        options = plain.pop("options", {})
-        plain = {"format": plain.pop("format"), **options, **plain}
-    return plain
+        usual = FORMATS[config.format].options()
+        options = {name: value for name, value in settings.pop("options", {}).items()}
+        options = {name: value for name, value in options.items() if value != _plain(getattr(usual, name))}
+        settings = {"format": settings.pop("format"), **options, **settings}
+    return settings
 
 
-def _listed(value: Any) -> Any:
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(name): _plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(one) if is_dataclass(one) else _listed(one) for one in value]
-    return value
+        return [_plain(item) for item in value]
+    return _settings(value) if is_dataclass(value) and not isinstance(value, type) else value

@@ -19,12 +19,12 @@ from hf_compress.recipe_steps import (
 _CUTS = (StudentStep, PruneStep, SparsifyStep, VocabularyStep)
 
 
-def check_order(steps: Sequence[Step], lines: Sequence[int | None] | None = None) -> None:
+def check_order(steps: Sequence[Step], places: Sequence[str] | None = None) -> None:
     """Raises if a step cannot come where it is.
 
     Args:
         steps (sequence of `Step`): In order.
-        lines (sequence of `int`, *optional*): Where each is in a file, for the message.
+        places (sequence of `str`, *optional*): Where each stands in a file, with which the message begins.
 
     Raises:
         ValueError: with the step, the reason and what to do instead.
@@ -35,9 +35,8 @@ def check_order(steps: Sequence[Step], lines: Sequence[int | None] | None = None
         before = steps[:number]
         reason = _refused(step, before, is_last=number == len(steps) - 1)
         if reason:
-            line = lines[number] if lines is not None else None
-            where = f"Line {line}: " if line else ""
-            raise ValueError(f"{where}step {number + 1}, {step.key}, cannot come here: {reason}")
+            where = "S" if places is None else f"{places[number]}: s"
+            raise ValueError(f"{where}tep {number + 1}, {step.key}, cannot come here: {reason}")
 
 
 def _refused(step: Step, before: Sequence[Step], is_last: bool) -> str | None:

@@ -1,12 +1,9 @@
-"""YAML that knows where everything stands: read without tags and aliases, checked by dataclasses, and written."""
+"""YAML as recipes use it: read without tags, anchors and aliases, each value with its line; and written."""
 
-import difflib
-import math
-import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import MISSING, Field, fields, is_dataclass
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args, get_origin
+from typing import Any, ClassVar, NamedTuple
 
 import yaml
 
@@ -21,7 +18,6 @@ _SCALARS: dict[str, tuple[str, list[str], Callable[[str], Any]]] = {
     "int": (r"^[-+]?[0-9]+$", _NUMBER_START, int),
     "float": (r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$", _NUMBER_START, float),
 }
-_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", type(None): "null"}
 
 
 class Written(NamedTuple):
@@ -51,7 +47,7 @@ class Block(list):
 class _Loader(yaml.SafeLoader):
     """Composes nodes; nothing is constructed of them."""
 
-    yaml_implicit_resolvers: typing.ClassVar[dict] = {}
+    yaml_implicit_resolvers: ClassVar[dict] = {}
     _depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> yaml.Node:
@@ -129,125 +125,95 @@ def write_yaml(content: Mapping[str, Any]) -> str:
     return yaml.dump(dict(content), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10_000)
 
 
-def build(kind: type, written: Written, name: str) -> Any:
-    """A dataclass of a mapping with its fields, all of which are checked.
+def plain(value: Any) -> Any:
+    """Values without their places.
 
     Args:
-        kind (`type`): The dataclass.
-        written (`Written`): The mapping; `None` stands for an empty one.
-        name (`str`): What it is in messages, such as `prune`.
+        value (`Written`): As read.
 
-    Raises:
-        ValueError: if a key is unknown, a field lacks, or a value is of the wrong type or refused by the dataclass.
+    Returns:
+        `Any`: Plain JSON types.
     """
-    return construct(kind, read_fields(fields(kind), typing.get_type_hints(kind), written, name), written, name)
+    if isinstance(value.value, dict):
+        return {name: plain(item) for name, item in value.value.items()}
+    return [plain(item) for item in value.value] if isinstance(value.value, list) else value.value
 
 
-def read_fields(known: Iterable[Field], types_: Mapping[str, Any], written: Written, name: str) -> dict[str, Any]:
-    """The values of a mapping for fields of dataclasses.
-
-    Args:
-        known (`Iterable[Field]`): All fields that there are.
-        types_ (`Mapping[str, Any]`): Their types, by name.
-        written (`Written`): The mapping.
-        name (`str`): What it is in messages.
-
-    Raises:
-        ValueError: if a key is unknown, a field lacks, or a value is of the wrong type.
-    """
-    known = {one.name: one for one in known if one.init}
-    given = mapping_of(written, name)
-    for key, item in given.items():
-        if key not in known:
-            raise item.refuse(f"{name} has no {key!r}{suggest(key, known)}.")
-    for one in known.values():
-        if one.name not in given and one.default is MISSING and one.default_factory is MISSING:
-            raise written.refuse(f"{name} needs `{one.name}:`. {one.metadata.get('help', '')}".strip())
-    return {key: convert(types_[key], item, f"{key} of {name}") for key, item in given.items()}
-
-
-def construct(make: Callable[..., Any], values: Mapping[str, Any], written: Written, name: str) -> Any:
-    """Calls a dataclass, whose errors get the line of what they speak of.
-
-    Args:
-        make (`Callable`): The dataclass.
-        values (`Mapping[str, Any]`): Its fields.
-        written (`Written`): The mapping that they are from.
-        name (`str`): What it is in messages.
-
-    Raises:
-        ValueError: if the dataclass refuses the values.
-    """
+def _text_of(source: str | Path) -> tuple[str, str]:
+    """The name of a recipe in messages, and its text."""
+    if isinstance(source, str) and "\n" in source:
+        name, content = "The recipe", source.encode()
+    else:
+        path = Path(source)
+        if not path.is_file():
+            raise ValueError(f"There is no file {path}: give the path of a recipe, such as recipe.yaml.")
+        with path.open("rb") as file:
+            name, content = str(source), file.read(_LARGEST + 1)
+    if len(content) > _LARGEST:
+        raise ValueError(f"{name} has more than {_LARGEST / 1e6:g} MB, which no recipe needs: is it another file?")
     try:
-        return make(**values)
-    except (ValueError, TypeError) as error:
-        raise _spoken_of(str(error), written).refuse(f"{name}: {error}") from error
+        return name, content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is no text in UTF-8 ({error.reason} at byte {error.start}).") from None
 
 
-def mapping_of(written: Written, name: str) -> dict[str, Written]:
-    """The items of a mapping; none where nothing is written.
-
-    Args:
-        written (`Written`): The mapping.
-        name (`str`): What it is in messages.
-
-    Raises:
-        ValueError: if it is something else.
-    """
-    if written.value is None:
-        return {}
-    if not isinstance(written.value, dict):
-        raise written.refuse(f"{name} is {_shown(written)}: write its settings below it, as `key: value` lines.")
-    return written.value
-
-
-def suggest(name: str, known: Iterable[str]) -> str:
-    """What may have been meant, as the end of a sentence.
-
-    Args:
-        name (`str`): What was written.
-        known (`Iterable[str]`): What there is.
-    """
-    known = list(known)
-    near = difflib.get_close_matches(name.lower().replace("-", "_"), known, n=3) or difflib.get_close_matches(
-        name, known, n=3
-    )
-    return f": did you mean {' or '.join(near)}?" if near else f": give one of {', '.join(known)}"
+def _written(node: yaml.Node, at: yaml.Node, name: str) -> Written:
+    """What a node holds, with the line of another node, where it begins."""
+    place = f"{name}, line {at.start_mark.line + 1}"
+    if isinstance(node, yaml.SequenceNode):
+        return Written([_written(item, item, name) for item in node.value], place)
+    if isinstance(node, yaml.ScalarNode):
+        return Written(_scalar(node, place), place)
+    items: dict[str, Written] = {}
+    for key, value in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            raise ValueError(f"{name}, line {key.start_mark.line + 1}: a key is a list or a mapping: give a name.")
+        item = _written(value, key, name)
+        if key.value in items:
+            before = items[key.value].place.rpartition("line ")[2]
+            raise item.refuse(f"{key.value} was given in line {before} already: leave one of them out.")
+        items[key.value] = item
+    return Written(items, place)
 
 
-def convert(wanted: Any, written: Written, name: str) -> Any:
-    """A value as a type wants it.
+def _scalar(node: yaml.ScalarNode, place: str) -> Any:
+    kind = node.tag.removeprefix(_TAG)
+    if kind not in _SCALARS:
+        return node.value
+    try:
+        return _SCALARS[kind][2](node.value)
+    except ValueError:
+        raise ValueError(f"{place}: {node.value[:20]}... is too long for a number.") from None
 
-    Args:
-        wanted (`Any`): The type: of numbers, texts, choices, lists, mappings and dataclasses.
-        written (`Written`): The value.
-        name (`str`): What it is in messages.
 
-    Raises:
-        ValueError: if it is no value of the type.
-    """
-    value = written.value
-    for one in _choices(wanted):
-        origin, inner = get_origin(one) or one, get_args(one)
-        if one is Any:
-            return plain(written)
-        if origin is Literal and any(value == choice and type(value) is type(choice) for choice in inner):
-            return value
-        if is_dataclass(one) and isinstance(value, dict):
-            return build(one, written, name)
-        if origin in (dict, Mapping) and isinstance(value, dict):
-            item_type = inner[1] if inner else Any
-            return {key: convert(item_type, item, f"{key} in {name}") for key, item in value.items()}
-        if origin is tuple and inner[-1] is not Ellipsis and isinstance(value, list) and len(value) == len(inner):
-            return tuple(convert(*pair, f"an item of {name}") for pair in zip(inner, value, strict=True))
-        if (
-            origin in (list, Sequence, tuple)
-            and isinstance(value, list)
-            and (origin is not tuple or len(inner) != 2 or inner[-1] is Ellipsis)
-        ):
-            return [convert(inner[0] if inner else Any, item, f"an item of {name}") for item in value]
-        if one is float and type(value) in (int, float) and math.isfinite(value):
-            return float(value)
-        if one in (bool, int, str, type(None)) and type(value) is one:
-            return value
-    raise written.refuse(f"{name} is {_shown(written)}: give {' or '.join(map(_worded, _choices(wanted)))}.")
+def _unread(reason: str, event: yaml.Event) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=reason, problem_mark=event.start_mark)
+
+
+def _represent_list(dumper: _Dumper, value: list) -> yaml.Node:
+    is_flat = not any(isinstance(item, dict) for item in value)
+    return dumper.represent_sequence(_TAG + "seq", value, flow_style=is_flat)
+
+
+def _represent_block(dumper: _Dumper, value: Block) -> yaml.Node:
+    return dumper.represent_sequence(_TAG + "seq", value, flow_style=False)
+
+
+def _represent_mapping(dumper: _Dumper, value: dict) -> yaml.Node:
+    return dumper.represent_mapping(_TAG + "map", value.items(), flow_style=False)
+
+
+def _represent_float(dumper: _Dumper, value: float) -> yaml.Node:
+    if value.is_integer() and abs(value) < 1e15:
+        return dumper.represent_scalar(_TAG + "int", str(int(value)))
+    return dumper.represent_scalar(_TAG + "float", repr(value))
+
+
+for _kind, (_pattern, _first, _) in _SCALARS.items():
+    # A text that either set of rules would take for something else is written in quotes.
+    _Loader.add_implicit_resolver(_TAG + _kind, re.compile(_pattern), _first)
+    _Dumper.add_implicit_resolver(_TAG + _kind, re.compile(_pattern), _first)
+_Dumper.add_representer(list, _represent_list)
+_Dumper.add_representer(Block, _represent_block)
+_Dumper.add_representer(dict, _represent_mapping)
+_Dumper.add_representer(float, _represent_float)

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
 from hf_compress.evaluation.inference import inference, model_inputs
 from hf_compress.evaluation.latency import compare_latency
-from hf_compress.evaluation.stored import build_skeleton, names_in_model, read_config, read_headers
+from hf_compress.evaluation.stored import StoredTensor, build_skeleton, names_in_model, read_config, read_headers
 from hf_compress.modeling.blocks import FFN, Block, embedding_names, find_blocks, find_module, find_stacks, join
 from hf_compress.modeling.blocks import task_head_names as head_names
 from hf_compress.modeling.tasks import unwrap
@@ -37,7 +38,22 @@ def bytes_by_part(folder: str | Path) -> dict[str, int]:
     Raises:
         ValueError: if the folder holds no saved model, a file is damaged, or the architecture is unknown.
     """
-    model, headers = build_skeleton(read_config(folder)), read_headers(folder)
+    return split_bytes(build_skeleton(read_config(folder)), read_headers(folder))
+
+
+def split_bytes(model: PreTrainedModel, headers: Mapping[str, StoredTensor]) -> dict[str, int]:
+    """The bytes of stored tensors, by part of the model that they belong to.
+
+    Args:
+        model (`PreTrainedModel`): The stock model that the config describes; it needs no weights.
+        headers (`Mapping[str, StoredTensor]`): As `read_headers` returns them.
+
+    Returns:
+        `dict[str, int]`: As `bytes_by_part`.
+
+    Raises:
+        ValueError: if the architecture is unknown.
+    """
     parts, names = name_parts(model), names_in_model(model, headers)
     n_bytes = Counter(dict.fromkeys(PARTS, 0))
     for name, tensor in headers.items():

@@ -2,9 +2,9 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import transformers
@@ -13,7 +13,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.initialization import no_init_weights
 
-CONFIG_FILE = "config.json"
+CONFIG_FILE, INDEX_FILE = "config.json", "model.safetensors.index.json"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # A header begins with its own length.
 _LENGTH_BYTES = 8
@@ -86,6 +86,13 @@ def read_headers(folder: str | Path) -> dict[str, StoredTensor]:
         hint = "Its weights are in files that can run code when they are read: load the model with from_pretrained "
         hint = f"{hint}and save it with save_pretrained." if is_pickled else "Give the folder of a saved model."
         raise ValueError(f"The folder {str(folder)!r} holds no *.safetensors. {hint}")
+    index = folder / INDEX_FILE
+    named = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
+    missing = sorted(named - {file.name for file in files})
+    if missing:
+        raise ValueError(
+            f"The folder {str(folder)!r} lacks {', '.join(missing)}, which {INDEX_FILE} names: get or save it again."
+        )
     return {name: tensor for file in files for name, tensor in _read_header(file).items()}
 
 
@@ -109,16 +116,20 @@ def build_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
         )
     with torch.device("meta"), no_init_weights():
         if name is None:
-            return AutoModel.from_config(config, attn_implementation="eager")
-        return getattr(transformers, name)._from_config(config, attn_implementation="eager")
+            model = AutoModel.from_config(config, attn_implementation="eager")
+        else:
+            model = getattr(transformers, name)._from_config(config, attn_implementation="eager")
+    # Left out with the initialization.
+    model.tie_weights()
+    return model
 
 
-def names_in_model(model: PreTrainedModel, stored: dict[str, Any]) -> dict[str, str]:
+def names_in_model(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
     """What the tensors of a file are called in the model: some checkpoints keep names of older classes.
 
     Args:
         model (`PreTrainedModel`): As `build_skeleton` returns it.
-        stored (`dict[str, Any]`): By names in the file.
+        stored (iterable of `str`): Names in the file.
 
     Returns:
         `dict[str, str]`: Names in the file -> names in the model, where scales and bitmasks stand beside their weight.

@@ -1,0 +1,228 @@
+"""A recipe's run: figures are those of the saved models, and neither changes nor interruptions spoil a result."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from datasets import load_dataset
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer, BertModel
+
+from hf_compress import pipeline
+from hf_compress.pipeline import compress
+from hf_compress.recipe_steps import (
+    DataConfig,
+    DistilStep,
+    EvaluateStep,
+    FinetuneStep,
+    PruneStep,
+    QuantizeStep,
+    RecoverStep,
+    SparsifyStep,
+    StudentStep,
+    VocabularyStep,
+)
+from tests.tiny_job import save_tiny_bert, tiny_texts, write_rows
+from tests.tiny_recipe import CPU, left_behind, tiny_recipe, tiny_words
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("recipe")
+    recipe = tiny_recipe(folder)
+    return recipe, folder / "out", compress(recipe, folder / "out")
+
+
+def accuracy(folder, rows):
+    model, tokenizer = (
+        AutoModelForSequenceClassification.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder),
+    )
+    inputs = tokenizer(rows["text"][:], truncation=True, max_length=12, padding=True, return_tensors="pt")
+    with torch.inference_mode():
+        decided = model(**inputs).logits.argmax(-1)
+    return (decided == torch.tensor(rows["label"][:])).float().mean().item()
+
+
+def test_every_figure_is_of_the_saved_model(finished):
+    recipe, output, report = finished
+    rows = load_dataset("csv", data_files=f"{recipe.data.dataset}/validation.csv", split="train")
+    models = [step for step in report["steps"] if step["folder"]]
+    assert [step["step"] for step in models] == ["finetune", "vocabulary", "prune", "recover", "quantize"]
+    for step in models:
+        folder = output / step["folder"]
+        assert step["quality"]["compressed"] == pytest.approx(accuracy(folder, rows))
+        assert step["cost"]["bytes_on_disk"] == sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+        assert set(step["latency"]) == {"2", "3"}
+        assert sum(step["parts"]["bytes"].values()) <= step["cost"]["bytes_on_disk"]
+    assert models[0]["quality"]["retention"] == 1.0
+    assert report["result"] == models[-1]["folder"]
+    assert report["stopped_by"] is None
+    assert json.loads((output / "report.json").read_text()) == report
+
+
+def test_sizes_follow_the_settings(finished):
+    _, output, report = finished
+    by_step = {step["step"]: step for step in report["steps"]}
+    assert by_step["vocabulary"]["details"]["tokens"] == {"before": 35, "after": 35}
+    assert by_step["vocabulary"]["quality"]["agreement"] == 1.0
+    blocks = {name: by_step[name]["parts"]["bytes"] for name in ("vocabulary", "prune", "quantize")}
+    kept = [blocks[name]["attention"] + blocks[name]["feed-forward"] for name in ("vocabulary", "prune")]
+    assert kept[1] <= 0.6 * kept[0]
+    assert sum(blocks["quantize"].values()) < sum(blocks["prune"].values())
+    widths = by_step["prune"]["details"]["widths"]
+    assert widths["dense"].keys() == widths["pruned"].keys()
+    assert by_step["recover"]["details"]["losses"]
+
+
+def test_a_finished_run_is_not_done_again(finished):
+    recipe, output, report = finished
+    before = {path: path.stat().st_mtime_ns for path in output.glob("*/*.safetensors")}
+    assert compress(recipe, output) == report
+    assert before == {path: path.stat().st_mtime_ns for path in output.glob("*/*.safetensors")}
+
+
+def test_a_changed_recipe_redoes_what_follows(tmp_path):
+    recipe = tiny_recipe(tmp_path)
+    recipe.steps = [*recipe.steps[:3], recipe.steps[-1]]
+    compress(recipe, tmp_path / "out")
+    first = left_behind(tmp_path / "out")
+    made = {path.parent.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/model.safetensors")}
+    changed = replace(recipe, steps=[*recipe.steps[:2], PruneStep(budget=0.75, n_texts=32, multiple_of=4)])
+    report = compress(changed, tmp_path / "out")
+    after = {path.parent.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/model.safetensors")}
+    assert [step["name"] for step in report["steps"]] == ["01-finetune", "02-vocabulary", "03-prune"]
+    assert {n: made[n] == after[n] for n in after} == {"01-finetune": True, "02-vocabulary": True, "03-prune": False}
+    # And back again, which gives what it gave before.
+    compress(recipe, tmp_path / "out")
+    assert left_behind(tmp_path / "out") == first
+
+
+def test_a_run_that_was_stopped_ends_like_an_unbroken_one(finished, tmp_path, monkeypatch):
+    recipe, output, _ = finished
+
+    class Stopped(Exception):
+        pass
+
+    def stop(*args, **kwargs):
+        raise Stopped
+
+    for place in ("make", "_measured", "_finish"):
+        with monkeypatch.context() as patch:
+            real, calls = getattr(pipeline, place), []
+
+            def sometimes(*args, real=real, calls=calls, at=1 if place == "_finish" else 3, **kwargs):
+                calls.append(args)
+                return stop() if len(calls) == at else real(*args, **kwargs)
+
+            patch.setattr(f"hf_compress.pipeline.{place}", sometimes)
+            with pytest.raises(Stopped):
+                compress(recipe, tmp_path / "out")
+    compress(recipe, tmp_path / "out")
+    assert left_behind(tmp_path / "out") == left_behind(output)
+
+
+def test_a_gate_stops_and_what_was_good_stays(tmp_path):
+    recipe = tiny_recipe(tmp_path)
+    steps = [*recipe.steps[:3], EvaluateStep(min_retention=1.5), recipe.steps[-1]]
+    report = compress(replace(recipe, steps=steps), tmp_path / "out")
+    assert report["stopped_by"]["step"] == "04-evaluate"
+    assert "min_retention is 1.5" in report["stopped_by"]["reason"]
+    assert [step["name"] for step in report["steps"]][-1] == "04-evaluate"
+    assert (tmp_path / "out" / "03-prune" / "model.safetensors").exists()
+    assert not (tmp_path / "out" / "05-quantize").exists()
+    # With a gate that lets the model before it pass, that is the result.
+    size = report["steps"][1]["cost"]["bytes_on_disk"] / 1e6
+    steps = [*recipe.steps[:3], EvaluateStep(max_mb=report["steps"][2]["cost"]["bytes_on_disk"] / 1e6 - 1e-6)]
+    assert size > steps[-1].max_mb
+    assert compress(replace(recipe, steps=steps), tmp_path / "out")["result"] is None
+
+
+def test_zeros_survive_the_recovery(tmp_path):
+    steps = [
+        *tiny_recipe(tmp_path).steps[:1],
+        SparsifyStep(sparsity=0.5, n_texts=32),
+        RecoverStep(num_train_epochs=1, arguments=CPU),
+    ]
+    compress(tiny_recipe(tmp_path, steps=steps), tmp_path / "out")
+    load = AutoModelForSequenceClassification.from_pretrained
+    before, after = load(tmp_path / "out" / "02-sparsify"), load(tmp_path / "out" / "03-recover")
+    weights = [name for name, weight in before.named_parameters() if (weight == 0).float().mean() > 0.4]
+    assert len(weights) >= 6 * 3
+    for name in weights:
+        old, new = before.get_parameter(name), after.get_parameter(name)
+        assert torch.equal(old == 0, new == 0)
+        assert not torch.equal(old, new)
+    sizes = [(tmp_path / "out" / name / "model.safetensors").stat().st_size for name in ("02-sparsify", "03-recover")]
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.01)
+
+
+def test_a_student_of_a_model_with_a_head(tmp_path):
+    save_tiny_bert(tmp_path / "model")
+    steps = [StudentStep(num_layers=1), DistilStep(num_train_epochs=1, arguments=CPU), QuantizeStep("bf16")]
+    report = compress(tiny_recipe(tmp_path, steps=steps), tmp_path / "out")
+    assert [step["name"] for step in report["steps"]] == ["00-model", "01-student", "02-distil", "03-quantize"]
+    assert report["reference"] == "00-model"
+    assert report["steps"][0]["folder"] is None
+    assert report["steps"][1]["seconds_of_reference"] is None
+
+
+def test_labelled_words(tmp_path):
+    steps = [
+        FinetuneStep(num_train_epochs=6, learning_rate=1e-2, arguments=CPU, per_device_train_batch_size=16),
+        VocabularyStep(max_size=36),
+        PruneStep(budget=0.6, n_texts=32, multiple_of=4),
+        RecoverStep(num_train_epochs=1, augment_copies=1, arguments=CPU),
+        QuantizeStep("fixed-point", {"bits": 4, "granularity": "group", "group_size": 8}),
+    ]
+    report = compress(tiny_recipe(tmp_path, tiny_words(tmp_path / "data"), steps), tmp_path / "out")
+    assert (report["task"], report["metric"]) == ("token-classification", "seqeval")
+    model = AutoModelForTokenClassification.from_pretrained(tmp_path / "out" / report["result"])
+    assert [model.config.id2label[i] for i in range(3)] == ["O", "B-BAD", "B-GOOD"]
+    # A vocabulary that still has all words of these texts changes nothing.
+    assert report["steps"][1]["quality"]["agreement"] == 1.0
+
+
+def test_pairs_and_numbers(tmp_path):
+    for name, n, seed in (("train", 48, 0), ("validation", 20, 1)):
+        rows = [{"a": r["text"], "b": r["text"][::-1], "score": r["label"] + 0.5} for r in tiny_texts(n, seed)]
+        write_rows(tmp_path / "pairs" / f"{name}.csv", rows)
+    data = DataConfig(str(tmp_path / "pairs"), text_columns=["a", "b"], label_column="score", max_length=20)
+    steps = [*tiny_recipe(tmp_path).steps[:1], PruneStep(budget=0.5, n_texts=32, multiple_of=4)]
+    report = compress(tiny_recipe(tmp_path, data, steps), tmp_path / "out")
+    assert report["metric"] == "pearsonr"
+    assert report["steps"][1]["quality"]["mse"] > 0
+
+
+def test_refusals_come_before_anything_is_written(tmp_path):
+    save_tiny_bert(tmp_path / "model", BertModel)
+    headless = tiny_recipe(tmp_path, steps=[PruneStep(budget=0.5)])
+    with pytest.raises(ValueError, match="no trained task head.*begin the steps with `- finetune:`"):
+        compress(headless, tmp_path / "out")
+    recipe = tiny_recipe(tmp_path)
+    with pytest.raises(ValueError, match="max_size=5 is less than"):
+        compress(replace(recipe, steps=[recipe.steps[0], VocabularyStep(max_size=5)]), tmp_path / "out")
+    with pytest.raises(ValueError, match="metric='f2' does not fit"):
+        compress(replace(recipe, data=replace(recipe.data, metric="f2")), tmp_path / "out")
+    with pytest.raises(ValueError, match="lies in the output folder"):
+        compress(recipe, tmp_path)
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="not of a run of a recipe.*nothing deleted"):
+        compress(recipe, tmp_path / "mine", overwrite=True)
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "mine"
+
+
+def test_no_room_on_the_disk(tmp_path, monkeypatch):
+    recipe = tiny_recipe(tmp_path)
+    compress(replace(recipe, steps=recipe.steps[:2]), tmp_path / "out")
+    before = left_behind(tmp_path / "out")["weights"]
+    usage = type("Usage", (), {"free": 10})
+    monkeypatch.setattr("hf_compress.pipeline_checks.shutil.disk_usage", lambda path: usage)
+    with pytest.raises(OSError, match="03-prune may write .* GB left: make room"):
+        compress(replace(recipe, steps=recipe.steps[:3]), tmp_path / "out")
+    monkeypatch.undo()
+    compress(replace(recipe, steps=recipe.steps[:3]), tmp_path / "out")
+    after = left_behind(tmp_path / "out")["weights"]
+    assert {name: after[name] for name in before} == before
