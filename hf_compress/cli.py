@@ -20,6 +20,7 @@ from hf_compress.help_pages import (
     UNSTRUCTURED,
     option,
     print_distill_help,
+    print_plan_help,
     print_prune_help,
     print_quantize_help,
     print_run_help,
@@ -165,11 +166,33 @@ def parse_run(arguments: list[str]) -> "tuple[str, RunJob]":
     """
     from hf_compress.cli_run import RunJob
 
+    file, rest = _first(arguments, "no recipe", "hf-compress run recipe.yaml --output-dir FOLDER")
+    return file, _parse("run", (RunJob,), rest, {})[0]
+
+
+def _first(arguments: list[str], lacks: str, example: str) -> tuple[str, list[str]]:
+    """The word that stands before all options, and these."""
     if not arguments or arguments[0].startswith("-"):
-        raise ValueError(
-            "There is no recipe: give its file first, as in `hf-compress run recipe.yaml --output-dir FOLDER`."
-        )
-    return arguments[0], _parse("run", (RunJob,), arguments[1:], {})[0]
+        raise ValueError(f"There is {lacks}: give it first, as in `{example}`.")
+    return arguments[0], arguments[1:]
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+)
+def plan(
+    context: typer.Context,
+    help_: Annotated[bool, typer.Option("--help", "-h", help="Show the options and stop.")] = False,
+) -> None:
+    """Propose a recipe for a model, from what pruning and rounding cost it. See `hf-compress plan --help`."""
+    if help_:
+        print_plan_help()
+        raise typer.Exit
+    from hf_compress.cli_plan import PlanJob, plan_recipe
+
+    model, arguments = _first(context.args, "no model", "hf-compress plan MODEL --dataset DATA --target-mb 10")
+    plan_recipe(model, _parse("plan", (PlanJob,), arguments, {})[0])
 
 
 def parse_distill(arguments: list[str]) -> "tuple[DistillJob, DistillationArguments]":
@@ -259,7 +282,8 @@ def _parse(
     parser.set_defaults(**defaults)
     parser.error = refuse  # argparse's own prints a hundred options and exits
     options = parser._option_string_actions
-    options["--output-dir"].required = True
+    if "--output-dir" in options:
+        options["--output-dir"].required = True
     # First, because a misspelt option would else be said to be missing.
     unknown = [word for word in arguments if word.startswith("--") and word.split("=")[0] not in options]
     unknown = unknown or parser.parse_known_args(arguments)[1]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # Bits of a weight in the blocks, scales included; those of groups are added for their size.
 _BITS = {"int8": 8.0, "bf16": 16.0, "fp16": 16.0, "llm-int8": 8.0, "nf4": 4.5, "fp4": 4.5, "binary": 1.0}
-_BITS_OF_A_SCALE = 32
+_BITS_OF_A_SCALE = 16
 
 
 @dataclass(frozen=True)

@@ -170,6 +170,26 @@ def print_quantize_help() -> None:
     out.print("--debug shows the traceback of an error, and all logs.")
 
 
+def print_plan_help() -> None:
+    """Prints the options of `hf-compress plan`."""
+    from hf_compress.cli_plan import PlanJob
+
+    out = Console()
+    out.print("[bold]hf-compress plan[/] MODEL --dataset DATA \\[options]\n")
+    out.print(
+        "Measures what pruning to several budgets and rounding to several formats cost a fine-tuned model, each by "
+        "itself and without a training, and proposes recipes that get it to a size. The one that is chosen is "
+        "written as YAML, for hf-compress run. Nothing is chosen on the rows that the recipe measures on.\n"
+    )
+    out.print("[bold]Example[/]: at most 10 MB, and 98 % of the metric kept\n")
+    out.print(
+        "  hf-compress plan ./my-classifier --dataset ./reviews \\\n"
+        "      --text-columns review --label-column sentiment \\\n"
+        "      --target-mb 10 --min-retention 0.98 --output recipe.yaml\n"
+    )
+    out.print(_option_table("Options", fields(PlanJob), {}))
+
+
 def print_run_help() -> None:
     """Prints the options of `hf-compress run`, and the steps that a recipe can have."""
     from hf_compress.cli_run import RunJob
