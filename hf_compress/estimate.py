@@ -76,7 +76,7 @@ def after(size: Size, step: Any) -> Size:
         return replace(size, blocks=size.blocks * step.budget, macs=size.macs * step.budget)
     if isinstance(step, SparsifyStep):
         # A bit for each weight says whether it is there.
-        return replace(size, block_bits=size.block_bits * (1 - step.sparsity) + 1)
+        return replace(size, block_bits=size.block_bits * (1 - step.target) + 1)
     if isinstance(step, QuantizeStep):
         bits, tables = _bits_of(step)
         rest = 16.0 if step.format in ("bf16", "fp16") else 32.0

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_compress.format_options import FORMATS
-from hf_compress.recipe_fields import build, construct, convert, mapping_of, read_fields, shown, suggest
+from hf_compress.recipe_fields import build, check_keys, construct, convert, mapping_of, read_fields, shown, suggest
 from hf_compress.recipe_order import check_order
 from hf_compress.recipe_steps import STEPS, DataConfig, MeasureConfig, PruneStep, QuantizeStep, Step
 from hf_compress.recipe_yaml import Block, Written, as_written, read_yaml, write_yaml
@@ -97,11 +97,12 @@ class Recipe:
 
 def _read(written: Written, overrides: dict[str, Any]) -> Recipe:
     content = dict(mapping_of(written, "a recipe"))
-    for key, item in content.items():
-        if key not in _KEYS:
-            belongs = ", which belongs below `data:`" if key in _DATA else f": {suggest(key, _KEYS)}"
-            raise item.refuse(f"a recipe has no {key!r}{belongs}")
+    astray = next((key for key in content if key in _DATA), None)
+    if astray is not None:
+        raise content[astray].refuse(f"{astray} stands beside data: write it below `data:`, indented.")
+    check_keys(content, _KEYS, "a recipe")
     data = dict(mapping_of(content["data"], "data")) if "data" in content else {}
+    check_keys(data, _DATA, "data")
     _override(content, data, overrides)
     name = written.place.partition(", line")[0]
     for given, key, line in ((content, "model", "`model: NAME`"), (data, "dataset", "`dataset: NAME` below `data:`")):
@@ -159,18 +160,19 @@ def _read_step(written: Written) -> Step:
 def _read_quantize(written: Written) -> QuantizeStep:
     """A step whose options stand beside the name of the format."""
     given = mapping_of(written, "quantize")
-    name = given["format"].value if "format" in given else None
-    if "format" in given and name not in FORMATS:
+    if "format" not in given:
+        raise written.refuse(f"quantize needs a format: give one of {', '.join(FORMATS)}.")
+    name = given["format"].value
+    if not isinstance(name, str) or name not in FORMATS:
         raise given["format"].refuse(f"format of quantize is {shown(given['format'])}: {suggest(str(name), FORMATS)}")
-    kinds = {one: [option.name for option in fields(FORMATS[one].options)] for one in FORMATS}
+    options = {one: [option.name for option in fields(FORMATS[one].options)] for one in FORMATS}
     for key, item in given.items():
-        owners = [one for one, options in kinds.items() if key in options]
-        if name is not None and owners and name not in owners:
-            own = ", ".join(kinds[name]) or "no options"
+        owners = [one for one in FORMATS if key in options[one]]
+        if owners and name not in owners:
+            own = ", ".join(options[name]) or "no options"
             raise item.refuse(f"{key} is an option of {', '.join(owners)} and not of {name}, which has {own}.")
-    options = FORMATS[name].options if name is not None else None
-    values = read_fields([QuantizeStep, options] if options else [QuantizeStep], written, "quantize", {"options"})
-    chosen = {key: values.pop(key) for key in kinds[name] if key in values}
+    values = read_fields([QuantizeStep, FORMATS[name].options], written, "quantize", without=("options",))
+    chosen = {key: values.pop(key) for key in options[name] if key in values}
     return construct(QuantizeStep, values | {"options": chosen}, written, "quantize")
 
 
@@ -184,7 +186,7 @@ def _settings(config: Any) -> dict[str, Any]:
             settings[one.name] = value
     if isinstance(config, QuantizeStep):
         usual = FORMATS[config.format].options()
-        options = {name: value for name, value in settings.pop("options", {}).items()}
+        options = settings.pop("options", {})
         options = {name: value for name, value in options.items() if value != _plain(getattr(usual, name))}
         settings = {"format": settings.pop("format"), **options, **settings}
     return settings

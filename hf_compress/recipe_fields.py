@@ -1,15 +1,16 @@
 """Dataclasses made of what was written: unknown keys, wrong types and refused values are told with their lines."""
 
 import difflib
-import math
 import re
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from hf_compress.recipe_yaml import Written, plain
 
+# No setting is as large; YAML has whole numbers that no float can hold.
+_INFINITE = 1e300
 _WORDS = {
     bool: "true or false",
     int: "a whole number",
@@ -34,26 +35,28 @@ def build(kind: type, written: Written, name: str) -> Any:
     return construct(kind, read_fields([kind], written, name), written, name)
 
 
-def read_fields(kinds: Sequence[type], written: Written, name: str) -> dict[str, Any]:
+def read_fields(kinds: Sequence[type], written: Written, name: str, without: Collection[str] = ()) -> dict[str, Any]:
     """The values of a mapping, for the fields of dataclasses that share it.
 
     Args:
         kinds (`Sequence[type]`): The dataclasses.
         written (`Written`): The mapping; `None` stands for an empty one.
         name (`str`): What it is in messages.
+        without (`Collection[str]`, *optional*): Fields that are not written.
+
+    Returns:
+        `dict[str, Any]`: Of those that are there.
 
     Raises:
         ValueError: if a key is unknown, a field is missing, or a value is of the wrong type.
     """
-    known = {one.name: one for kind in kinds for one in fields(kind) if one.init}
+    known = {one.name: one for kind in kinds for one in fields(kind) if one.name not in without}
     wanted = {field: kind_of for kind in kinds for field, kind_of in get_type_hints(kind).items()}
     given = mapping_of(written, name)
-    for key, item in given.items():
-        if key not in known:
-            raise item.refuse(f"{name} has no {key!r}: {suggest(key, known)}")
+    check_keys(given, known, name)
     for one in known.values():
         if one.name not in given and _is_required(one):
-            raise written.refuse(f"{name} needs {one.name}. {one.metadata.get('help', '')}".strip())
+            raise written.refuse(f"{name} needs `{one.name}:`. {one.metadata.get('help', '')}".strip())
     return {key: convert(wanted[key], item, f"{key} of {name}") for key, item in given.items()}
 
 
@@ -92,6 +95,23 @@ def mapping_of(written: Written, name: str) -> dict[str, Written]:
     return written.value
 
 
+def check_keys(given: Mapping[str, Written], known: Iterable[str], name: str) -> None:
+    """Refuses keys that there are not.
+
+    Args:
+        given (`Mapping[str, Written]`): What is written.
+        known (`Iterable[str]`): What there is.
+        name (`str`): What it is in messages.
+
+    Raises:
+        ValueError: with the nearest names.
+    """
+    known = list(known)
+    for key, item in given.items():
+        if key not in known:
+            raise item.refuse(f"{name} has no {key!r}: {suggest(key, known)}")
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """What may have been meant.
 
@@ -102,9 +122,9 @@ def suggest(name: str, known: Iterable[str]) -> str:
     Returns:
         `str`: A question with the nearest names, or all names where none is near.
     """
-    known = list(known)
-    near = difflib.get_close_matches(name.lower().replace("-", "_"), known)
-    return f"did you mean {' or '.join(near)}?" if near else f"give one of {', '.join(known)}."
+    alike = {one.replace("-", "_"): one for one in known}
+    near = [alike[one] for one in difflib.get_close_matches(name.lower().replace("-", "_"), alike)]
+    return f"did you mean {' or '.join(near)}?" if near else f"give one of {', '.join(alike.values())}."
 
 
 def shown(written: Written) -> str:
@@ -143,11 +163,11 @@ def convert(wanted: Any, written: Written, name: str) -> Any:
             return [convert(inner, item, f"an item of {name}") for inner, item in pairs]
         if get_origin(kind) is Literal and any(value == one and type(value) is type(one) for one in get_args(kind)):
             return value
-        if kind is float and type(value) in (int, float) and math.isfinite(value):
+        if kind is float and type(value) in (int, float) and abs(value) < _INFINITE:
             return float(value)
         if kind in (bool, int, str, type(None)) and type(value) is kind:
             return value
-    raise written.refuse(f"{name} is {shown(written)}: give {_worded(wanted)}.")
+    raise written.refuse(f"{name} is {shown(written)}: {_remedy(wanted, written)}")
 
 
 def _convert_mapping(kind: Any, written: Written, name: str) -> Any:
@@ -192,6 +212,19 @@ def _words_of(kind: Any) -> list[str]:
     if origin in (list, tuple, Sequence):
         return [f"a list, each item {_worded(inner[0])}" if inner else "a list"]
     return [_WORDS[kind]]
+
+
+def _remedy(wanted: Any, written: Written) -> str:
+    """What to write in the place of a value that a type does not take."""
+    value, kinds = written.value, _alternatives(wanted)
+    choices = [one for kind in kinds if get_origin(kind) is Literal for one in get_args(kind)]
+    if isinstance(value, str) and choices and all(get_origin(kind) is Literal or kind is type(None) for kind in kinds):
+        return suggest(value, map(str, choices))
+    example = ""
+    if isinstance(value, str | int | float) and not isinstance(value, bool):
+        is_list = any(_items_of(kind, 1) for kind in kinds)
+        example = f", such as '{value}' in quotes" if str in kinds else f", such as [{value}]" if is_list else ""
+    return f"give {_worded(wanted)}{example}."
 
 
 def _is_required(one: Field) -> bool:

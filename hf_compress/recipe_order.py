@@ -62,7 +62,13 @@ def _refused(step: Step, before: Sequence[Step], is_last: bool) -> str | None:
         PruneStep: [(has(SparsifyStep), "its refit would fill the zeros of sparsify. Put it before that.")],
         SparsifyStep: [(has(SparsifyStep), "there are zeros already. Ask for the final sparsity in one step.")],
         VocabularyStep: [(has(VocabularyStep), "the vocabulary is cut already. Ask for the final size in one step.")],
-        QuantizeStep: [(has(QuantizeStep), "the weights are rounded already. Give one format.")],
+        QuantizeStep: [
+            (has(QuantizeStep), "the weights are rounded already. Give one format."),
+            (
+                isinstance(step, QuantizeStep) and step.format == "binary" and has(SparsifyStep),
+                "weights of one bit have no zero, so those of sparsify would be lost. Give another format.",
+            ),
+        ],
         EvaluateStep: [(not made, "there is nothing to evaluate yet. Put it after a step that makes a model.")],
         PushStep: [
             (not is_last, "what is pushed is finished. Put it last."),

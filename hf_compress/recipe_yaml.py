@@ -53,11 +53,9 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> yaml.Node:
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
-            raise _unread(
-                "anchors (&) and aliases (*) are not read: write the value out, or the text in quotes", event
-            )
+            raise _unread("anchors (&) and aliases (*) are not read: write the value out, or quote the text", event)
         if event.tag is not None:
-            raise _unread("tags (!) are not read: leave it out, or write the text in quotes", event)
+            raise _unread("tags (!) are not read: leave it out, or quote the text", event)
         if self._depth == _DEEPEST:
             raise _unread(f"lists and mappings are nested more than {_DEEPEST} deep", event)
         self._depth += 1
@@ -71,6 +69,9 @@ class _Dumper(yaml.SafeDumper):
 
     def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
         super().increase_indent(flow, False)
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
 
 def read_yaml(source: str | Path) -> Written:
@@ -87,16 +88,15 @@ def read_yaml(source: str | Path) -> Written:
             key twice in a mapping, tags, anchors and aliases.
     """
     name, text = _text_of(source)
-    loader = _Loader(text)
     try:
-        node = loader.get_single_node()
+        node = yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ValueError(f"{name}{line}: {error.problem or error.context}.") from None
+        # Some problems are the second half of a sentence.
+        half = f"{error.context}, " if error.problem.startswith("but ") else ""
+        raise ValueError(f"{name}{line}: {half}{error.problem}.") from None
     except yaml.YAMLError as error:
-        raise ValueError(f"{name} is no YAML: {error}.") from None
-    finally:
-        loader.dispose()
+        raise ValueError(f"{name} is no YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(node, yaml.MappingNode):
         raise ValueError(f"{name} is no mapping: write `key: value` lines, of which `steps:` is one.")
     return _written(node, node, name)
@@ -110,9 +110,10 @@ def as_written(value: Any, place: str) -> Written:
         place (`str`): What messages begin with.
     """
     if isinstance(value, dict):
-        return Written({str(name): as_written(item, place) for name, item in value.items()}, place)
+        return Written({str(name): as_written(item, f"{place}, {name}") for name, item in value.items()}, place)
     if isinstance(value, list | tuple):
-        return Written([as_written(item, place) for item in value], place)
+        items = enumerate(value, start=1)
+        return Written([as_written(item, f"{place}, item {number}") for number, item in items], place)
     return Written(value, place)
 
 
@@ -125,18 +126,19 @@ def write_yaml(content: Mapping[str, Any]) -> str:
     return yaml.dump(dict(content), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10_000)
 
 
-def plain(value: Any) -> Any:
+def plain(written: Written) -> Any:
     """Values without their places.
 
     Args:
-        value (`Written`): As read.
+        written (`Written`): As read.
 
     Returns:
-        `Any`: Plain JSON types.
+        `Any`: Of plain JSON types.
     """
-    if isinstance(value.value, dict):
-        return {name: plain(item) for name, item in value.value.items()}
-    return [plain(item) for item in value.value] if isinstance(value.value, list) else value.value
+    value = written.value
+    if isinstance(value, dict):
+        return {name: plain(item) for name, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list) else value
 
 
 def _text_of(source: str | Path) -> tuple[str, str]:
@@ -206,7 +208,7 @@ def _represent_mapping(dumper: _Dumper, value: dict) -> yaml.Node:
 def _represent_float(dumper: _Dumper, value: float) -> yaml.Node:
     if value.is_integer() and abs(value) < 1e15:
         return dumper.represent_scalar(_TAG + "int", str(int(value)))
-    return dumper.represent_scalar(_TAG + "float", repr(value))
+    return dumper.represent_float(value)
 
 
 for _kind, (_pattern, _first, _) in _SCALARS.items():

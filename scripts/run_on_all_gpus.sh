@@ -1,0 +1,11 @@
+#!/bin/sh
+# Runs a recipe on all GPUs of a machine: every training is shared, everything else is done by the first process.
+#
+#     scripts/run_on_all_gpus.sh recipe.yaml --output-dir ./small [options of hf-compress run]
+#
+# On a CPU, give the number of processes: PROCESSES=2 scripts/run_on_all_gpus.sh ...
+set -e
+if [ -n "$PROCESSES" ]; then
+    exec accelerate launch --cpu --num_processes "$PROCESSES" --mixed_precision no --dynamo_backend no -m hf_compress.cli run "$@"
+fi
+exec accelerate launch --multi_gpu -m hf_compress.cli run "$@"
