@@ -117,8 +117,10 @@ def _bits_of(step: QuantizeStep) -> tuple[float, float]:
     config = step.config()
     if step.format == "fixed-point":
         scales = _BITS_OF_A_SCALE / config.group_size if config.granularity == "group" else 0.0
-        bits = config.bits + scales
-        return bits, bits if config.embeddings else 32.0
+        of_tables = config.bits if config.embedding_bits is None else config.embedding_bits
+        return config.bits + scales, of_tables + scales if config.embeddings else 32.0
     bits = _BITS[step.format]
-    has_tables = step.format in ("bf16", "fp16") or (step.format == "int8" and config.embeddings)
+    if step.format == "int8" and config.embeddings:
+        return bits, 8.0 if config.embedding_bits == 8 else 4 + _BITS_OF_A_SCALE / 32
+    has_tables = step.format in ("bf16", "fp16")
     return bits, bits if has_tables else 32.0

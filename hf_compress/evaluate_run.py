@@ -1,7 +1,7 @@
 """One saved model measured on labelled rows: what it gets right and what it costs, alone or beside its teacher."""
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +18,9 @@ from hf_compress.evaluation.comparison import decide
 from hf_compress.evaluation.cost import measure_cost
 from hf_compress.evaluation.latency import compare_latency
 from hf_compress.evaluation.retention import retention_from_outputs
+from hf_compress.evaluation.sample import sample_batch
 from hf_compress.evaluation.scores import LOWER_IS_BETTER, score_of, score_rows
-from hf_compress.modeling.blocks import token_embeddings
-from hf_compress.modeling.tasks import IGNORED, forward_columns, matching_columns
+from hf_compress.modeling.tasks import IGNORED, matching_columns
 from hf_compress.task_data import TEXTS, WORDS, Outputs, TaskData
 from hf_compress.word_labels import check_words
 
@@ -34,6 +34,7 @@ CONFIDENCE, N_BOOTSTRAP = 0.95, 10_000
 MODEL, TEACHER = "model", "teacher"
 
 Report = dict[str, Any]
+Batch = dict[str, torch.Tensor]
 
 
 def evaluate_model(
@@ -57,8 +58,8 @@ def evaluate_model(
         use_cpu (`bool`, *optional*, defaults to `False`): Leave an accelerator alone.
 
     Returns:
-        `dict`: Plain JSON types. `quality` has the metric's `value` and its bootstrap `interval`; `cost` is that of the
-        largest batch; `latency` has an entry for each batch size. With a teacher, `retention` is as
+        `dict`: Plain JSON types. `quality` has the metric's `value` and its bootstrap `interval`; `cost` is that of
+        the largest batch; `latency` has an entry for each batch size. With a teacher, `retention` is as
         `Retention.to_dict`, `teacher_cost` is there, and each latency has its `ratio` to the teacher's, their
         forwards taking turns.
 
@@ -70,33 +71,20 @@ def evaluate_model(
     device = _device(use_cpu)
     models = {name: _load(path, rows).to(device) for name, path in paths.items()}
     tokenizers = {name: AutoTokenizer.from_pretrained(path) for name, path in paths.items()}
+    compressed = models[MODEL]
+    metric = rows.metric(compressed)
     for name, one in models.items():
         check_tokenizer(tokenizers[name], one)
-        check_length(one, rows.encode(rows.test, tokenizers[name], one))
-    compressed = models[MODEL]
-    metric, kind = rows.metric(compressed), rows.kind(compressed)
-    # Before any outputs, since a forward may repack quantized weights, and change what would be saved.
-    costs = {name: _cost(one, paths[name], models, measure, seed) for name, one in models.items()}
-    latency, conditions = _latency(models, measure, data.max_length, seed)
-    outputs = {
-        name: rows.outputs(one, tokenizers[name], measure.eval_batch_size) for name, one in models.items()
-    }
-    names = [compressed.config.id2label[i] for i in range(compressed.config.num_labels)]
-    kept = None
-    if teacher is not None:
-        order = matching_columns(models[TEACHER], compressed)
-        logits = outputs[TEACHER].logits
-        kept = retention_from_outputs(
-            logits if order is None else logits[..., order],
-            outputs[MODEL].logits,
-            outputs[MODEL].labels,
-            metric=metric,
-            kind=kind,
-            label_names=names,
-            n_bootstrap=N_BOOTSTRAP,
-            confidence=CONFIDENCE,
-            seed=seed,
-        ).to_dict()
+    encoded = {name: rows.encode(rows.test, tokenizers[name], one) for name, one in models.items()}
+    ordered = [compressed, *(one for one in models.values() if one is not compressed)]
+    length = measure.length or data.max_length
+    batches = [sample_batch(ordered, size, length, seed) for size in measure.batch_sizes]
+    # Before any rows, since a forward may repack quantized weights, and change what is saved to be weighed.
+    costs = {name: _cost(one, paths[name], max(batches, key=_size), measure.n_runs) for name, one in models.items()}
+    for name, one in models.items():
+        check_length(one, encoded[name])
+    latency, conditions = _latency(models, batches, measure.n_runs)
+    outputs = {name: rows.outputs(one, tokenizers[name], measure.eval_batch_size) for name, one in models.items()}
     return {
         "schema": SCHEMA,
         "kind": "evaluation",
@@ -107,8 +95,8 @@ def evaluate_model(
         "task": rows.task,
         "metric": metric,
         "rows_measured_on": len(rows.test),
-        "quality": score_with_interval(outputs[MODEL], kind, metric, names, seed),
-        "retention": kept,
+        "quality": score_with_interval(outputs[MODEL], rows.kind(compressed), metric, _labels(compressed), seed),
+        "retention": None if teacher is None else _retention(models, outputs, rows.kind(compressed), metric, seed),
         "needs_hf_compress": isinstance(vars(compressed.config).get("quantization_config"), CompressionConfig),
         "cost": costs[MODEL],
         "teacher_cost": costs.get(TEACHER),
@@ -140,7 +128,9 @@ def read_rows(data: "DataConfig") -> TaskData:
     else:
         split = evaluation_split(splits, data.eval_split)
     rows = splits[split]
-    has_words = data.label_column in rows.column_names and len(rows) > 0 and isinstance(rows[0][data.label_column], list)
+    has_words = (
+        data.label_column in rows.column_names and len(rows) > 0 and isinstance(rows[0][data.label_column], list)
+    )
     if has_words:
         check_words(DatasetDict({"train": rows, split: rows}), split, data)
     else:
@@ -148,9 +138,7 @@ def read_rows(data: "DataConfig") -> TaskData:
     return TaskData(data, WORDS if has_words else TEXTS, rows, rows, split, None)
 
 
-def score_with_interval(
-    outputs: Outputs, kind: str, metric: str, label_names: list[str], seed: int
-) -> dict[str, Any]:
+def score_with_interval(outputs: Outputs, kind: str, metric: str, label_names: list[str], seed: int) -> dict[str, Any]:
     """The metric of one model, and the interval that chance alone would spread it over.
 
     Args:
@@ -199,38 +187,50 @@ def _device(use_cpu: bool) -> torch.device:
     return torch.device("cpu") if accelerator is None or use_cpu else accelerator
 
 
-def _cost(
-    model: "PreTrainedModel",
-    path: str,
-    models: Mapping[str, "PreTrainedModel"],
-    measure: "MeasureConfig",
-    length: int,
-    seed: int,
+def _labels(model: "PreTrainedModel") -> list[str]:
+    return [model.config.id2label[i] for i in range(model.config.num_labels)]
+
+
+def _retention(
+    models: Mapping[str, "PreTrainedModel"], outputs: Mapping[str, Outputs], kind: str, metric: str, seed: int
 ) -> Report:
-    batch = _batch(models, max(measure.batch_sizes), measure.length or length, seed)
-    folder = path if Path(path).is_dir() else None
-    return measure_cost(model, batch, path=folder, n_runs=measure.n_runs).to_dict()
+    """What the model kept of its teacher, whose labels may come in another order."""
+    order = matching_columns(models[TEACHER], models[MODEL])
+    logits = outputs[TEACHER].logits
+    return retention_from_outputs(
+        logits if order is None else logits[..., order],
+        outputs[MODEL].logits,
+        outputs[MODEL].labels,
+        metric=metric,
+        kind=kind,
+        label_names=_labels(models[MODEL]),
+        n_bootstrap=N_BOOTSTRAP,
+        confidence=CONFIDENCE,
+        seed=seed,
+    ).to_dict()
 
 
-def _latency(
-    models: Mapping[str, "PreTrainedModel"], measure: "MeasureConfig", length: int, seed: int
-) -> tuple[Report, Report]:
+def _cost(model: "PreTrainedModel", path: str, batch: Batch, n_runs: int) -> Report:
+    try:
+        return measure_cost(model, batch, path=path if Path(path).is_dir() else None, n_runs=n_runs).to_dict()
+    except (IndexError, RuntimeError) as error:
+        raise ValueError(
+            f"{path} cannot read {_size(batch)} texts of length={batch['input_ids'].shape[1]} tokens: {error}. Give "
+            "--length at most the number of positions that the model has, 512 for most, or smaller --batch-sizes "
+            "where memory is short."
+        ) from error
+
+
+def _latency(models: Mapping[str, "PreTrainedModel"], batches: Sequence[Batch], n_runs: int) -> tuple[Report, Report]:
     """Times by batch size, and the conditions of the last."""
     latency, conditions = {}, {}
-    for size in measure.batch_sizes:
-        times = compare_latency(models, _batch(models, size, measure.length or length, seed), n_runs=measure.n_runs)
-        one = times.to_dict()
-        of_teacher = {"teacher_median_s": one["latency"][TEACHER]["median_s"], "ratio": one["ratio"][MODEL]}
-        latency[str(size)] = one["latency"][MODEL] | (of_teacher if TEACHER in models else {})
-        conditions = one["conditions"]
+    for batch in batches:
+        times = compare_latency(models, batch, n_runs=n_runs).to_dict()
+        of_teacher = {"ratio": times["ratio"][MODEL], "teacher": times["latency"].get(TEACHER)}
+        latency[str(_size(batch))] = times["latency"][MODEL] | (of_teacher if TEACHER in models else {})
+        conditions = times["conditions"]
     return latency, conditions
 
 
-def _batch(models: Mapping[str, "PreTrainedModel"], size: int, length: int, seed: int) -> dict[str, torch.Tensor]:
-    """Texts of one length, of tokens that all models know."""
-    n_tokens = min(table.num_embeddings for model in models.values() for table in token_embeddings(model))
-    ids = torch.randint(1, n_tokens, (size, length), generator=torch.Generator().manual_seed(seed))
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if any("token_type_ids" in forward_columns(model) for model in models.values()):
-        batch["token_type_ids"] = torch.zeros_like(ids)
-    return batch
+def _size(batch: Batch) -> int:
+    return len(batch["input_ids"])

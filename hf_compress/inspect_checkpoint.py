@@ -107,6 +107,7 @@ def inspect_checkpoint(folder: str | Path) -> Content:
         **_task(model),
         "needs_hf_compress": compression is not None,
         "format_version": compression.version if compression else None,
+        "other_library": _settings_of_other(opened).get("quant_method"),
         "dtype": _dtype(opened),
         "vocabulary": tables[0].num_embeddings if tables else None,
         "hidden_size": getattr(config, find_layout(config).hidden_size) if is_known else None,

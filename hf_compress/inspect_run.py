@@ -6,8 +6,8 @@ from typing import Any
 
 import yaml
 
-from hf_compress.stages import REPORT_FILE, RUN_FILE
-
+# As in `hf_compress.stages`, which takes seconds to import, since it trains.
+REPORT_FILE, RUN_FILE = "report.json", "run.json"
 RECIPE_FILE = "recipe.yaml"
 _MADE_BY = "hf-compress"
 # What a report without a kind says of itself -> the command that wrote it.
@@ -169,7 +169,7 @@ def _of_report(place: Path, name: str, is_own: bool) -> Report | None:
     if is_own or name not in models:
         return None
     key = next(key for key in _COMMANDS if key in report)
-    settings = report[key][name] if key == "quantization" else report[key]
+    settings = {"format": name} | report[key][name] if key == "quantization" else report[key]
     shares = {share: models[name][share] for share in ("budget", "sparsity") if share in models[name]}
     student = {"student_layers": report["job"]["student_layers"]} if key == "training" else {}
     return {

@@ -15,8 +15,7 @@ from hf_compress.evaluation.cost import measure_cost
 from hf_compress.evaluation.latency import compare_latency
 from hf_compress.evaluation.parts import bytes_by_part, seconds_by_part
 from hf_compress.evaluation.retention import retention_from_outputs
-from hf_compress.modeling.blocks import token_embeddings
-from hf_compress.modeling.tasks import forward_columns
+from hf_compress.evaluation.sample import sample_batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -121,15 +120,8 @@ class Measurer:
         return self._data.model_class.from_pretrained(path).to(PartialState().device).eval()
 
     def _batch(self, model: "PreTrainedModel", size: int) -> dict[str, torch.Tensor]:
-        """Rows of the length that is asked for, of tokens that the model and the reference both know."""
-        tables = [table.num_embeddings for one in (model, self.reference) for table in token_embeddings(one)]
         length = self._config.length or self._data.config.max_length
-        draw = torch.Generator().manual_seed(self._seed)
-        ids = torch.randint(1, min(tables), (size, length), generator=draw)
-        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if "token_type_ids" in forward_columns(model):
-            batch["token_type_ids"] = torch.zeros_like(ids)
-        return {name: value.to(PartialState().device) for name, value in batch.items()}
+        return sample_batch([model, self.reference], size, length, self._seed)
 
 
 def surroundings(conditions: dict[str, Any]) -> dict[str, Any]:

@@ -103,7 +103,7 @@ def distil(place: Place, data: "TaskData", seed: int, options: dict[str, Any]) -
         args = training_arguments(step, work, seed)
         tokenizer = AutoTokenizer.from_pretrained(place.model)
         model, teacher = load(place.model, data, **options), load_teacher(place, data, **options)
-        rows = data.with_noise(step.augment_copies, seed, tokenizer, model)
+        rows = data.with_noise(step.augment_copies, step.augment_to, seed, tokenizer, model)
         collator = data.collator(tokenizer)
         logger.info("Training with the teacher on %d rows.", len(rows))
         callbacks: list[TrainerCallback] = [EntryCallback(place)]
@@ -136,7 +136,7 @@ def training_arguments(step: TrainingStep, work: Path, seed: int) -> Distillatio
     Raises:
         ValueError: if a value is none that `DistillationArguments` takes.
     """
-    own = {"arguments", "augment_copies"}
+    own = {"arguments", "augment_copies", "augment_to"}
     given = {one.name: getattr(step, one.name) for one in fields(step) if one.name not in own}
     # Trainer takes bf16 on a CPU only where it is said that a CPU is meant.
     device = {"use_cpu": torch.accelerator.current_accelerator(check_available=True) is None}

@@ -160,11 +160,22 @@ class DistilStep(TrainingStep):
     augment_copies: int = field(
         default=0, metadata={"help": "Noisy copies of every row, which the teacher labels. Small data sets want some."}
     )
+    augment_to: int = field(
+        default=0,
+        metadata={
+            "help": "Rows to learn from, in the place of augment_copies: where there are fewer, noisy copies fill up, "
+            "so that one recipe suits small and large data sets."
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.augment_copies < 0:
             raise ValueError(f"augment_copies={self.augment_copies} is below 0: give 0 for the rows alone.")
+        if self.augment_to < 0 or (self.augment_to and self.augment_copies):
+            raise ValueError(
+                f"augment_to={self.augment_to} and augment_copies={self.augment_copies}: give one of them, from 0."
+            )
         # Checks what these mean, and makes objects of mappings.
         self.terms = [one if isinstance(one, TermConfig) else TermConfig(**one) for one in self.terms]
         self.stages = [one if isinstance(one, StageConfig) else StageConfig(**one) for one in self.stages]

@@ -101,15 +101,23 @@ class TaskData(NamedTuple):
             return word_label_ids(rows, split, self.config.label_column, model.config)
         return label_ids(rows, split, self.config.label_column, model.config)
 
-    def with_noise(self, copies: int, seed: int, tokenizer: Any, model: "PreTrainedModel") -> Dataset:
+    def with_noise(self, copies: int, n_rows: int, seed: int, tokenizer: Any, model: "PreTrainedModel") -> Dataset:
         """The encoded rows to learn from, and noisy copies of them, for a teacher to label.
 
         Args:
             copies (`int`): Copies of each row; 0 for the rows alone.
+            n_rows (`int`): Rows in all, in the place of `copies`: all there are, and some of their copies. 0 for none.
             seed (`int`): Of the noise.
             tokenizer (`PreTrainedTokenizerBase`): The model's.
             model (`PreTrainedModel`): Numbers the labels.
         """
+        n_missing = n_rows - len(self.train)
+        if n_rows and n_missing > 0:
+            # So many that there are enough to draw from.
+            copies = -(-n_missing // len(self.train))
+            rows = self.with_noise(copies, 0, seed, tokenizer, model)
+            chosen = random.Random(seed).sample(range(len(self.train), len(rows)), n_missing)
+            return rows.select([*range(len(self.train)), *sorted(chosen)])
         if not copies:
             return self.encode(self.train, tokenizer, model)
         columns, config = self.config.text_columns, AugmentationConfig(copies=copies, seed=seed)

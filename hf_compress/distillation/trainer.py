@@ -14,6 +14,7 @@ from hf_compress.distillation import losses
 from hf_compress.distillation.arguments import DistillationArguments
 from hf_compress.distillation.cache import TeacherCache
 from hf_compress.distillation.cached_batches import CachedCollator, cache_prefix, check_caches
+from hf_compress.distillation.card import CardMixin
 from hf_compress.distillation.chunked import bypassed_head, check_head
 from hf_compress.distillation.curriculum import plan_stages
 from hf_compress.distillation.efficiency import check_embeddings, plain_attention_pays, training_shortcuts
@@ -42,7 +43,7 @@ from hf_compress.modeling.blocks import find_stacks
 from hf_compress.modeling.tasks import CLASSIFICATION, forward_columns, problem_type, unwrap
 
 
-class DistillationTrainer(StageMixin, ProcessesMixin, ProjectionMixin, Trainer):
+class DistillationTrainer(StageMixin, ProcessesMixin, ProjectionMixin, CardMixin, Trainer):
     """`transformers.Trainer` with teachers.
 
     The loss is `alpha * T^2 * KL(teacher_T || student_T) + (1 - alpha) * task loss` (Hinton et al., 2015), with the

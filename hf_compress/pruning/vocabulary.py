@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -21,6 +22,8 @@ from hf_compress.pruning.vocabulary_config import VocabularyPruningConfig
 logger = logging.getLogger(__name__)
 
 _BATCH_TEXTS = 256
+# Tokens that are kept free for others, such as [unused7] and <extra_id_3>: no text has them.
+_PLACEHOLDER = re.compile(r"\[.+\]|<.+>")
 
 
 def prune_vocabulary(
@@ -168,7 +171,10 @@ def _choose(
         )
     kept = set(required)
     frequent = [index for index, count in counts.items() if count >= config.min_count]
-    for index in sorted(frequent, key=lambda index: (-counts[index], index)):
+    ranked = sorted(frequent, key=lambda index: (-counts[index], index))
+    if config.fill:
+        ranked += sorted(index for piece, index in vocabulary.ids.items() if not _PLACEHOLDER.fullmatch(piece))
+    for index in ranked:
         added = vocabulary.parts(index) - kept
         if len(kept) + len(added) <= limit:
             kept |= added

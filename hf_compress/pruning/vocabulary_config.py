@@ -25,6 +25,14 @@ class VocabularyPruningConfig:
             "ones stay. Without it, `min_count` alone decides."
         },
     )
+    fill: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether tokens that the corpus lacks take the room that is left below `max_size`, those with the "
+            "lowest numbers first: vocabularies are usually numbered from frequent to rare, and new texts have words "
+            "that a small corpus lacks."
+        },
+    )
     characters: Characters = field(
         default="all",
         metadata={
@@ -45,6 +53,8 @@ class VocabularyPruningConfig:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}={value!r} counts tokens: give a whole number of at least 1.")
+        if self.fill and self.max_size is None:
+            raise ValueError("fill=True needs a size to fill up to: give max_size, such as 12000.")
         if self.characters not in Characters.__args__:
             raise ValueError(f"characters={self.characters!r} is unknown: give 'all' or 'corpus'.")
         if isinstance(self.keep, str):

@@ -1,6 +1,6 @@
 """How weights and activations are rounded: one config for each number format."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 
@@ -12,18 +12,25 @@ class Int8DynamicConfig:
         exclude (`tuple[str, ...]`, *optional*): Modules that stay in floating point, besides the task head: dotted
             names of modules, or of what they are in, or regular expressions for such names.
         embeddings (`bool`, *optional*, defaults to `False`): Whether tables of embeddings are rounded too.
+        embedding_bits (`Literal[4, 8]`, *optional*, defaults to 8): Bits of their numbers: 8 with a scale per row, or
+            4 in groups of 32 neighbours with one each. Tables are looked up and not multiplied, so fewer bits cost no
+            time.
         smooth (`float`, *optional*): How far large input channels are made smaller, and their weights larger, 0 to 1:
             alpha in SmoothQuant (Xiao et al., 2023), which takes 0.5. It needs data, and one more pass over the
             inputs of each projection; by default, nothing is moved.
 
     Raises:
-        ValueError: if `smooth` is not between 0 and 1.
+        ValueError: if `smooth` is not between 0 and 1, or the bits are none of these.
     """
 
     exclude: tuple[str, ...] = field(
         default=(), metadata={"help": "Modules that stay in floating point, besides the task head: names or patterns."}
     )
     embeddings: bool = field(default=False, metadata={"help": "Whether tables of embeddings are rounded too."})
+    embedding_bits: Literal[4, 8] = field(
+        default=8,
+        metadata={"help": "Bits of a rounded table's numbers: 8 with a scale per row, or 4 in groups of 32."},
+    )
     smooth: float | None = field(
         default=None,
         metadata={
@@ -33,6 +40,8 @@ class Int8DynamicConfig:
     )
 
     def __post_init__(self) -> None:
+        if self.embedding_bits not in (4, 8):
+            raise ValueError(f"embedding_bits={self.embedding_bits} are not known: give 8, or 4.")
         if self.smooth is not None and not 0 <= self.smooth <= 1:
             raise ValueError(f"smooth={self.smooth} is no share of the way: give 0 to 1, such as 0.5, or None.")
 
@@ -108,6 +117,7 @@ class FixedPointConfig:
         ranges (`Literal["minmax", "percentile", "mse"]`, *optional*, defaults to `"minmax"`): What steps cover.
         percentile (`float`, *optional*, defaults to 99.9): Share in percent that `"percentile"` covers on each side.
         embeddings (`bool`, *optional*, defaults to `True`): Whether tables of embeddings are rounded too.
+        embedding_bits (`int`, *optional*): Bits of the tables' numbers, 2 to 16; by default as many as of all others.
         exclude (`tuple[str, ...]`, *optional*): Modules that stay in floating point, besides the task head.
 
     Raises:
@@ -141,11 +151,17 @@ class FixedPointConfig:
         default=99.9, metadata={"help": "Share in percent that ranges='percentile' covers on each side, above 50."}
     )
     embeddings: bool = field(default=True, metadata={"help": "Whether tables of embeddings are rounded too."})
+    embedding_bits: int | None = field(
+        default=None, metadata={"help": "Bits of the tables' numbers, 2 to 16; None: as many as of all others."}
+    )
     exclude: tuple[str, ...] = field(
         default=(), metadata={"help": "Modules that stay in floating point, besides the task head: names or patterns."}
     )
 
     def __post_init__(self) -> None:
+        if self.embedding_bits is not None:
+            # The same limits as those of the others.
+            self.of_tables()
         if type(self.bits) is not int or not 2 <= self.bits <= 16:
             raise ValueError(f"bits={self.bits} are no fixed-point format: give 2 to 16, or BinaryConfig for one bit.")
         if self.activations is not None and (type(self.activations) is not int or not 4 <= self.activations <= 16):
@@ -160,3 +176,8 @@ class FixedPointConfig:
             raise ValueError(f"ranges={self.ranges!r} are unknown: give 'minmax', 'percentile' or 'mse'.")
         if not 50 < self.percentile <= 100:
             raise ValueError(f"percentile={self.percentile} must be above 50 and at most 100: give 99.9, say.")
+
+    def of_tables(self) -> "FixedPointConfig":
+        """The format of the tables of embeddings."""
+        bits = self.bits if self.embedding_bits is None else self.embedding_bits
+        return replace(self, bits=bits, embedding_bits=None)

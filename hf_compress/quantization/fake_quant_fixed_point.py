@@ -137,7 +137,7 @@ def prepare_fixed_point_(
 
     def parts(name: str, module: nn.Module) -> dict[str, Any]:
         if isinstance(module, nn.Embedding):
-            return {"round_rows": partial(_round_looked_up, config=config)}
+            return {"round_rows": partial(_round_looked_up, config=config.of_tables())}
         inputs = FloatInputs()
         if name in read:
             inputs = FixedPointInputs(fit_inputs(read[name], config), config, in_width(module))

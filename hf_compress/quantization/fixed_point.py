@@ -63,8 +63,7 @@ def quantize_fixed_point_(
     def pack(name: str, module: nn.Module) -> PackedModule:
         fields = format_fields(config)
         if isinstance(module, nn.Embedding):
-            weight = module.weight.detach()
-            return FixedPointEmbedding.from_scales(weight, module.padding_idx, fit_weights(weight, config), **fields)
+            return pack_table(module, config)
         weight = read_matrix(module)
         if config.activations is None:
             return FixedPointLinear.from_scales(weight, module.bias, fit_weights(weight, config), **fields)
@@ -75,6 +74,22 @@ def quantize_fixed_point_(
         return FixedPointLinear.from_scales(weight, module.bias, fit_weights(weight, config), scales, **fields)
 
     replace_(model, modules, pack)
+
+
+def pack_table(table: nn.Embedding, config: FixedPointConfig) -> FixedPointEmbedding:
+    """A table of embeddings in fixed point.
+
+    Args:
+        table (`nn.Embedding`): In floating point.
+        config (`FixedPointConfig`): The format.
+
+    Returns:
+        `FixedPointEmbedding`: In its place.
+    """
+    config = config.of_tables()
+    weight = table.weight.detach()
+    scales = fit_weights(weight, config)
+    return FixedPointEmbedding.from_scales(weight, table.padding_idx, scales, **format_fields(config))
 
 
 def format_fields(config: FixedPointConfig) -> dict[str, Any]:

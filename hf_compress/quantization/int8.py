@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 from hf_compress.formats.int8 import Int8Embedding, Int8Linear
 from hf_compress.formats.packed import PackedModule
 from hf_compress.modeling.projections import read_matrix
-from hf_compress.quantization.config import Int8DynamicConfig
+from hf_compress.quantization.config import FixedPointConfig, Int8DynamicConfig
 from hf_compress.quantization.fake_quant import fake_quantized
+from hf_compress.quantization.fixed_point import pack_table
 from hf_compress.quantization.modules import check_finite, choose_modules, replace_
 from hf_compress.quantization.observers import visit_inputs
 
@@ -45,13 +46,19 @@ def quantize_int8_(model: PreTrainedModel, config: Int8DynamicConfig, data: Data
 
     def pack(name: str, module: nn.Module) -> PackedModule:
         if isinstance(module, nn.Embedding):
-            return Int8Embedding.from_float(module.weight, module.padding_idx)
+            return _pack_table(module, config.embedding_bits)
         weight = read_matrix(module)
         if name in factors:
             return Int8Linear.from_smoothed(weight, module.bias, factors[name])
         return Int8Linear.from_float(weight, module.bias)
 
     replace_(model, modules, pack)
+
+
+def _pack_table(table: nn.Embedding, bits: int) -> PackedModule:
+    if bits == 8:
+        return Int8Embedding.from_float(table.weight, table.padding_idx)
+    return pack_table(table, FixedPointConfig(bits=bits, granularity="group", ranges="mse"))
 
 
 def smoothing_factors(largest_inputs: torch.Tensor, largest_weights: torch.Tensor, alpha: float) -> torch.Tensor:

@@ -147,9 +147,10 @@ def _prepare_int8_(model: PreTrainedModel, config: Int8DynamicConfig, data: Data
             return {"round_rows": int8_table_rows}
         return {"round_weight": int8_weight, "input_norm": Int8Inputs()}
 
-    if config.smooth is not None:
+    if config.embeddings and config.embedding_bits != 8:
         raise ValueError(
-            f"smooth={config.smooth} is for models that are not trained: leave it out, training learns it."
+            f"embedding_bits={config.embedding_bits} is for models that are not trained: leave it out, or take "
+            "FixedPointConfig for tables of fewer bits."
         )
     attach_(choose_modules(model, config.exclude, config.embeddings), config, parts)
 

@@ -324,3 +324,23 @@ def test_a_model_that_does_not_fit_is_refused():
 def test_wrong_settings(settings, error, message):
     with pytest.raises(error, match=message):
         VocabularyPruningConfig(**settings)
+
+
+@ALL
+def test_filled_up_to_a_size(kind):
+    tokenizer = TOKENIZERS[kind]()
+    _, alone = prune(tokenizer, texts=SENTENCES[:1])
+    size = (len(alone) + len(tokenizer)) // 2
+    _, smaller = prune(tokenizer, texts=SENTENCES[:1], max_size=size, fill=True)
+    assert len(alone) < len(smaller) <= size
+    assert set(alone.get_vocab()) <= set(smaller.get_vocab())
+    # The lowest numbers first: what was left out is numbered higher than what was added, or needs more room.
+    ids = tokenizer.get_vocab()
+    added = sorted(ids[piece] for piece in set(smaller.get_vocab()) - set(alone.get_vocab()))
+    free = [piece for piece in set(ids) - set(alone.get_vocab()) if piece[0] not in "<["]
+    assert added[0] == min(ids[piece] for piece in free)
+
+
+def test_filling_needs_a_size():
+    with pytest.raises(ValueError, match="fill=True needs a size to fill up to: give max_size"):
+        VocabularyPruningConfig(fill=True)

@@ -2,6 +2,7 @@ import copy
 import json
 import logging
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hf_compress.formats.fixed_point_modules import FixedPointEmbedding, FixedPo
 from hf_compress.formats.packed import PackedModule
 from hf_compress.modeling.blocks import embedding_names, find_blocks, task_head_names
 from hf_compress.modeling.surgery import keep_neurons_
-from hf_compress.quantization.config import FixedPointConfig
+from hf_compress.quantization.config import FixedPointConfig, Int8DynamicConfig
 from hf_compress.quantization.fixed_point import fit_inputs, fit_weights, format_fields
 from hf_compress.quantization.observers import observe_inputs
 from hf_compress.quantization.quantize import quantize, quantize_
@@ -316,3 +317,23 @@ def test_tables_zero_points_and_ranges_of_activations_come_back(model_type, tmp_
             assert torch.equal(module.dequantize(), original.dequantize())
         if dtype == torch.float32:
             assert difference(predict(loaded, batch), predict(quantized, batch)) == 0
+
+
+@pytest.mark.parametrize(
+    "config",
+    [Int8DynamicConfig(embeddings=True, embedding_bits=4), FixedPointConfig(bits=8, embedding_bits=3)],
+    ids=["int8 with 4", "8 with 3"],
+)
+def test_tables_of_fewer_bits(config, tmp_path):
+    model = tiny_model("bert", "BertForSequenceClassification")
+    whole, small = (quantize(model, one) for one in (replace(config, embedding_bits=8), config))
+    whole.save_pretrained(tmp_path / "whole")
+    small.save_pretrained(tmp_path / "small")
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("whole", "small")]
+    assert sizes[1] < sizes[0]
+    again = type(model).from_pretrained(tmp_path / "small")
+    for (name, tensor), other in zip(small.state_dict().items(), again.state_dict().values(), strict=True):
+        assert torch.equal(tensor, other), name
+    for name in embedding_names(small):
+        assert isinstance(small.get_submodule(name), FixedPointEmbedding)
+        assert json.loads(json.dumps(small.get_submodule(name).fields))["bits"] == config.embedding_bits
