@@ -218,10 +218,9 @@ def _table_of_run(report: Report, name: str) -> list[tuple[str, ...]]:
 
 
 def _yaml(report: Report) -> str:
-    given = {
-        name: _portable(report)[name] for name in ("job", "training", "pruning", "quantization") if name in report
-    }
-    parts = {name: {key: v for key, v in part.items() if v not in (None, [], "")} for name, part in given.items()}
+    given = _portable(report)
+    names = [name for name in ("job", "training", "pruning", "quantization") if name in given]
+    parts = {name: {key: v for key, v in given[name].items() if v not in (None, [], "")} for name in names}
     return yaml.safe_dump(parts, sort_keys=False, allow_unicode=True)
 
 

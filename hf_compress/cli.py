@@ -1,4 +1,4 @@
-"""The command line: `hf-compress demo`, `distill`, `prune` and `quantize`."""
+"""The command line: `hf-compress demo | plan | run | distill | prune | quantize | evaluate | inspect ...`."""
 
 import difflib
 import logging
@@ -15,6 +15,10 @@ from rich.logging import RichHandler
 from rich.markup import escape
 
 import hf_compress
+from hf_compress.cli_evaluate import SeveralValues, evaluate
+from hf_compress.cli_inspect import inspect
+from hf_compress.cli_push import push
+from hf_compress.cli_report import report
 from hf_compress.help_pages import (
     DISTILL_DEFAULTS,
     UNSTRUCTURED,
@@ -35,7 +39,9 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="hf-compress",
-    help="Distil, prune and quantize fine-tuned Transformers models, and measure what was kept.",
+    help="Distil, prune and quantize fine-tuned Transformers models, and measure what was kept.\n\n"
+    "`hf-compress COMMAND --help` shows the options of a command, with examples. Exit codes: 0 done, 1 an error, "
+    "2 a word that is not understood, 3 less was kept than was asked for.",
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
@@ -150,6 +156,12 @@ def run(
 
     file, job = parse_run(context.args)
     raise typer.Exit(run_recipe(file, job))
+
+
+app.command()(inspect)
+app.command()(report)
+app.command(cls=SeveralValues)(evaluate)
+app.command()(push)
 
 
 def parse_run(arguments: list[str]) -> "tuple[str, RunJob]":

@@ -1,6 +1,5 @@
 """`hf-compress plan`: a recipe proposed for a model, from what pruning and rounding do to it."""
 
-import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.prompt import IntPrompt
-from rich.table import Table
+
+from hf_compress.tables import print_json, show_table
 
 if TYPE_CHECKING:
     from hf_compress.planner import Proposal, Sensitivity
@@ -111,13 +111,18 @@ def _show(console: Console, found: "Sensitivity", proposals: "list[Proposal]") -
     console.print(f"  pruned to a share of the multiply-accumulates: {pruned}")
     console.print(f"  rounded: {rounded}")
     console.print(f"  {100 * found.tokens:.0f} % of the tokens are used by the texts.")
-    table = Table("", "steps", "MB", "MACs", "kept", "", box=None, padding=(0, 2, 0, 0))
-    for number, one in enumerate(proposals, start=1):
-        steps = " > ".join(_word(step) for step in one.steps if step.key != "evaluate")
-        note = "before the recovery" if one.needs_training else ""
-        row = (str(number), steps, f"{one.megabytes:.1f}", f"{100 * one.macs:.0f} %", f"{100 * one.retention:.1f} %")
-        table.add_row(*row, note)
-    console.print(table)
+    rows = [
+        (
+            str(number),
+            " > ".join(_word(step) for step in one.steps if step.key != "evaluate"),
+            f"{one.megabytes:.1f}",
+            f"{100 * one.macs:.0f} %",
+            f"{100 * one.retention:.1f} %",
+            "before the recovery" if one.needs_training else "",
+        )
+        for number, one in enumerate(proposals, start=1)
+    ]
+    show_table(("", "steps", "MB", "MACs", "kept", ""), rows)
     console.print("Expected, not measured: the run measures, and stops where less is kept than asked for.")
 
 
@@ -137,12 +142,3 @@ def _plain(found: "Sensitivity") -> dict[str, Any]:
         "rounded": found.rounded,
         "rows": found.rows,
     }
-
-
-def print_json(content: Any) -> None:
-    """Prints one JSON document, whatever the width of a terminal.
-
-    Args:
-        content (`Any`): Plain JSON types.
-    """
-    Console(soft_wrap=True).print_json(json.dumps(content))

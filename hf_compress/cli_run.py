@@ -1,12 +1,10 @@
 """`hf-compress run`: a recipe from the command line."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
+from hf_compress.tables import print_json, show_table, show_text
 
 if TYPE_CHECKING:
     from hf_compress.recipe import Recipe
@@ -72,7 +70,7 @@ def run_recipe(file: str, job: RunJob) -> int:
     report = compress(recipe, job.output_dir, overwrite=job.overwrite)
     if PartialState().is_main_process:
         if job.json:
-            Console(soft_wrap=True).print_json(json.dumps(report))
+            print_json(report)
         else:
             show_run(report, Path(job.output_dir))
     return STOPPED if report["stopped_by"] else 0
@@ -87,15 +85,20 @@ def show_plan(recipe: "Recipe", job: RunJob) -> None:
     """
     rows = plan_rows(recipe, Path(job.output_dir))
     if job.json:
-        Console(soft_wrap=True).print_json(json.dumps(rows))
+        print_json(rows)
         return
-    console = Console(highlight=False)
-    table = Table("step", "settings", "state", "MB", "MACs", box=None, padding=(0, 2, 0, 0))
-    for row in rows:
-        settings = ", ".join(f"{name} {value}" for name, value in row["settings"].items())
-        table.add_row(row["name"], settings, row["state"], f"{row['megabytes']:.1f}", f"{100 * row['macs']:.0f} %")
-    console.print(table)
-    console.print("Nothing was done. MB and MACs are expected from the settings; the run measures them.")
+    shown = [
+        (
+            row["name"],
+            ", ".join(f"{name} {value}" for name, value in row["settings"].items()),
+            row["state"],
+            f"{row['megabytes']:.1f}",
+            f"{100 * row['macs']:.0f} %",
+        )
+        for row in rows
+    ]
+    show_table(("step", "settings", "state", "MB", "MACs"), shown)
+    show_text("Nothing was done. MB and MACs are expected from the settings; the run measures them.")
 
 
 def plan_rows(recipe: "Recipe", output: Path) -> list[dict[str, Any]]:

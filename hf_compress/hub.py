@@ -257,12 +257,15 @@ def _explain(error: Exception, api: HfApi, upload: Upload, token: str | None) ->
     if isinstance(cause, HfHubHTTPError):
         said = _without(token, " ".join((cause.server_message or str(cause)).split()))
         return _refusal(cause.response.status_code, said, to, upload, token)
-    if isinstance(cause, httpx2.TransportError):
+    if isinstance(cause, httpx2.HTTPError):
         return ConnectionError(
             f"The upload to {to} was cut off ({_without(token, str(cause)) or type(cause).__name__}). Nothing of it "
             "is visible there. Repeat the same command: files that arrived whole are not sent again."
         )
-    return type(cause)(_without(token, str(cause))) if token and token in str(cause) else cause
+    text = _without(token, str(cause))
+    if isinstance(cause, RuntimeError):
+        return OSError(f"The upload to {to} failed: {text}. Repeat the same command.")
+    return cause if text == str(cause) else (ValueError if isinstance(cause, ValueError) else OSError)(text)
 
 
 def _refusal(status: int, said: str, to: str, upload: Upload, token: str | None) -> Exception:

@@ -253,6 +253,16 @@ def test_a_connection_that_stays_cut(hub, folder, part_size):
     assert not [path for path in hub.asked("PUT", "storage") if path.split("/")[2] in there]
 
 
+@pytest.mark.parametrize("kind", [RuntimeError, OSError, ValueError])
+def test_other_errors_of_the_client(hub, folder, monkeypatch, kind):
+    def fail(*args, **kwargs):
+        raise kind(f"broken with {hub.token}")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_commit", fail)
+    text = refusal(hub, folder, match=r"broken with \*\*\*", kind=OSError if kind is RuntimeError else kind)
+    assert hub.token not in text
+
+
 def test_the_token_is_nowhere(hub, folder, caplog, capfd, monkeypatch):
     monkeypatch.setattr(constants, "HF_DEBUG", True)
     client = logging.getLogger("huggingface_hub")

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence, Sized
-from dataclasses import replace
+from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from huggingface_hub import EvalResult, ModelCard
 from hf_compress.card_base import Base, hub_name, name_base, read_base
 from hf_compress.card_page import TASKS, CardFacts, Data, eval_result, render, shared_limits
 from hf_compress.checkpoint.config import CompressionConfig
+from hf_compress.distillation.arguments import DistillationArguments
 from hf_compress.modeling.tasks import unwrap
 
 # Training arguments that decide a result, and none that names a place, an account or a token.
@@ -24,6 +25,7 @@ _ARGUMENTS = (
     "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "seed", "bf16",
     "fp16",
 )  # fmt: skip
+_ALWAYS = ("alpha", "temperature", "learning_rate", "num_train_epochs", "per_device_train_batch_size", "seed")
 _NO_MEASURES = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 
 
@@ -119,7 +121,8 @@ class CardMixin:
                 "tells what it kept, and how far chance could have moved that.",
                 *shared_limits(base.shown),
             ],
-            repo_id=self.args.hub_model_id,
+            # The former is known once a repository was made.
+            repo_id=self.hub_model_id or self.args.hub_model_id,
         )
 
     def _divergence(self) -> str:
@@ -167,4 +170,7 @@ def _results(task: str, data: Data, measured: dict[str, float]) -> list[EvalResu
 
 
 def _told(settings: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in settings.items() if value not in (None, [], -1, False)}
+    """What decides every training, and of the rest what is not as by default."""
+    defaults = {one.name: one.default for one in fields(DistillationArguments)}
+    is_default = {key for key, value in settings.items() if value in (defaults[key], None, [])}
+    return {key: settings[key] for key in _ARGUMENTS if key in _ALWAYS or key not in is_default}
