@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, set_seed
 
+from hf_compress.card import write_card
 from hf_compress.classifiers import Yardstick, choose_metric, load_all, load_classifier, measure_all, score
 from hf_compress.data import (
     check_length,
@@ -110,7 +111,9 @@ def distill(
         train_once(output / BASELINE, lambda work: _student_trainer(job, alone, material, options, teacher, work))
     with args.main_process_first(local=False, desc="measuring"):
         if args.process_index == 0:
-            write_report(measure(job, args, material, teacher), output)
+            report = measure(job, args, material, teacher)
+            write_card(report, output / STUDENT)
+            write_report(report, output)
     return json.loads((output / REPORT_FILE).read_text())
 
 
@@ -263,7 +266,7 @@ def measure(job: DistillJob, args: DistillationArguments, material: Material, te
     yardstick = Yardstick(material.test, material.tokenizer, material.metric, batch_size, args.seed)
     return {
         "job": {name: value for name, value in asdict(job).items() if name != "overwrite"},
-        "training": {name: getattr(args, name) for name in _REPORTED_ARGUMENTS},
+        "training": {name: args.to_dict()[name] for name in _REPORTED_ARGUMENTS},
         "rows_trained_on": len(material.train),
         **measure_all(models, paths, yardstick),
         "gain": score(models[BASELINE], models[STUDENT], yardstick) if job.baseline else None,
@@ -273,6 +276,9 @@ def measure(job: DistillJob, args: DistillationArguments, material: Material, te
 _REPORTED_ARGUMENTS = (
     "alpha",
     "temperature",
+    "divergence",
+    "terms",
+    "stages",
     "learning_rate",
     "num_train_epochs",
     "per_device_train_batch_size",

@@ -7,6 +7,7 @@ from typing import Any
 
 from datasets import DatasetDict
 
+from hf_compress.card import write_card
 from hf_compress.classifiers import DENSE, Yardstick, load_all, measure_all
 from hf_compress.data import check_splits, load_splits
 from hf_compress.job import PRUNED, CalibratedJob, check_output, job_settings, plain, prune_settings
@@ -50,7 +51,10 @@ def prune_classifier(job: CalibratedJob, config: Config, splits: DatasetDict | N
     made = [*configs, *(figure_name(kind, name) for name in configs)]
     open_run(output, prune_settings(job, config), job.overwrite, made)
     prune_missing(output, configs, material)
-    write_report(measure(job, config, configs, material), output)
+    report = measure(job, config, configs, material)
+    for name in configs:
+        write_card(report, output / name)
+    write_report(report, output)
     return json.loads((output / REPORT_FILE).read_text())
 
 

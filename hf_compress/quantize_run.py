@@ -12,6 +12,7 @@ from transformers import BitsAndBytesConfig
 from transformers.quantizers import AutoHfQuantizer
 
 from hf_compress import recommend
+from hf_compress.card import write_card
 from hf_compress.classifiers import DENSE, Yardstick, cost_batch, load_all, measure_all, score_alone
 from hf_compress.data import check_columns, check_splits, evaluation_split, load_splits
 from hf_compress.format_options import format_settings, needs_texts
@@ -78,7 +79,10 @@ def quantize_classifier(job: QuantizeJob, configs: Configs, splits: DatasetDict 
     except (ValueError, TypeError, ImportError):
         _withdraw(output, candidates)
         raise
-    write_report(measure(job, chosen, material) | ({} if choice is None else {"recommendation": choice}), output)
+    report = measure(job, chosen, material) | ({} if choice is None else {"recommendation": choice})
+    for name in chosen:
+        write_card(report, output / name)
+    write_report(report, output)
     return json.loads((output / REPORT_FILE).read_text())
 
 

@@ -105,7 +105,7 @@ def _embedded(text: str, title: str, meaning: str) -> str:
     svg = text[text.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
     # Several figures are on a page, and what they define is named alike.
-    mark = f"f{abs(hash_of(svg)) % 10**8}-"
+    mark = f"f{hash_of(title + svg) % 10**8}-"
     svg = re.sub(r'id="', f'id="{mark}', svg)
     svg = re.sub(r'href="#', f'href="#{mark}', svg)
     svg = re.sub(r"url\(#", f"url(#{mark}", svg)
