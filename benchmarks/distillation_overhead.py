@@ -45,10 +45,10 @@ from transformers import (
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 import hf_compress as hc
-from hf_compress.data import load_splits, tokenize
 from hf_compress.demo import packaged_folder
 from hf_compress.distillation.efficiency import training_shortcuts
 from hf_compress.evaluation.latency import conditions_of
+from hf_compress.jobs.data import load_splits, tokenize
 
 OVERHEAD_LIMIT, SPEED_LIMIT = 1.05, 2.5
 MAX_LENGTH = 64

@@ -55,7 +55,7 @@ from transformers import (
 import hf_compress as hc
 from hf_compress.demo import packaged_folder
 from hf_compress.evaluation.inference import predict
-from hf_compress.stages import train_once
+from hf_compress.jobs.stages import train_once
 
 
 @dataclass(frozen=True)

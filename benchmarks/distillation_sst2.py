@@ -28,9 +28,9 @@ from transformers import (
 )
 
 import hf_compress as hc
-from hf_compress.data import load_splits, tokenize
 from hf_compress.evaluation.inference import predict
-from hf_compress.stages import train_once
+from hf_compress.jobs.data import load_splits, tokenize
+from hf_compress.jobs.stages import train_once
 
 HELD_OUT = 3_000
 SEARCH_ROWS = 20_000

@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 def run(folder: str, output: str) -> None:
     """The recipe's run, in a process of its own."""
     sys.stdout = sys.stderr = open(os.devnull, "w")
-    from hf_compress.pipeline import compress
+    from hf_compress.pipeline.compress import compress
     from tests.tiny_recipe import tiny_recipe
 
     compress(tiny_recipe(Path(folder)), output)
@@ -56,7 +56,7 @@ def main() -> None:
 
     # Processes that begin with everything imported: what is killed is the run, not the import of torch.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hf_compress.pipeline", "tests.tiny_recipe"])
+    context.set_forkserver_preload(["hf_compress.pipeline.compress", "tests.tiny_recipe"])
     draw, trials = random.Random(options.seed), []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

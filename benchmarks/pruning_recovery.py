@@ -28,7 +28,7 @@ from structured_pruning import PruningBench
 from transformers import PreTrainedModel
 
 import hf_compress as hc
-from hf_compress.stages import train_once
+from hf_compress.jobs.stages import train_once
 
 ROWS = {"sst2": 20_000, "trec": 5_452}
 COPIES = {"sst2": 0, "trec": 5}

@@ -14,9 +14,9 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 import hf_compress as hc
-from hf_compress.data import load_splits, tokenize
 from hf_compress.evaluation.inference import batches, inference
 from hf_compress.evaluation.scores import score_of, score_rows
+from hf_compress.jobs.data import load_splits, tokenize
 
 SOURCES = {"stsb": ("sentence1", "sentence2"), "trec": ("text",), "mrpc": ("sentence1", "sentence2")}
 MAX_LENGTH = 64

@@ -19,9 +19,9 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from hf_compress.data import load_splits, tokenize
 from hf_compress.evaluation.inference import Predictions
 from hf_compress.evaluation.scores import score_of, score_rows
+from hf_compress.jobs.data import load_splits, tokenize
 from hf_compress.modeling.tasks import IGNORED
 
 MAX_QUESTION = 32

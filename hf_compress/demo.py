@@ -8,9 +8,9 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
-from hf_compress.distill_run import DistillJob, distill
 from hf_compress.distillation.arguments import DistillationArguments
-from hf_compress.report import show_report
+from hf_compress.jobs.distill import DistillJob, distill
+from hf_compress.report.report import show_report
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 import hf_compress as hc
-from hf_compress.data import load_splits
+from hf_compress.jobs.data import load_splits
 
 
 def main() -> None:

@@ -21,9 +21,9 @@ A stopped run continues with the same command. `--help` shows the usual options,
 
 import sys
 
-from hf_compress.cli import parse_distill, print_distill_help
-from hf_compress.distill_run import distill
-from hf_compress.report import show_report
+from hf_compress.cli.main import parse_distill, print_distill_help
+from hf_compress.jobs.distill import distill
+from hf_compress.report.report import show_report
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 import hf_compress as hc
-from hf_compress.data import label_names, load_splits
+from hf_compress.jobs.data import label_names, load_splits
 
 
 def main() -> None:

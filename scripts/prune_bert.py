@@ -21,9 +21,9 @@ A figure of the heads and neurons that each layer kept is saved beside the model
 
 import sys
 
-from hf_compress.cli import parse_prune, print_prune_help
-from hf_compress.prune_run import prune_classifier
-from hf_compress.report import show_report
+from hf_compress.cli.main import parse_prune, print_prune_help
+from hf_compress.jobs.prune import prune_classifier
+from hf_compress.report.report import show_report
 
 
 def main() -> None:

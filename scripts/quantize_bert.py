@@ -21,9 +21,9 @@ and the report. `--help` shows every option.
 
 import sys
 
-from hf_compress.cli import parse_quantize, print_quantize_help
-from hf_compress.quantize_run import quantize_classifier
-from hf_compress.report import show_report
+from hf_compress.cli.main import parse_quantize, print_quantize_help
+from hf_compress.jobs.quantize import quantize_classifier
+from hf_compress.report.report import show_report
 
 
 def main() -> None:

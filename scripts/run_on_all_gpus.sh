@@ -6,6 +6,6 @@
 # On a CPU, give the number of processes: PROCESSES=2 scripts/run_on_all_gpus.sh ...
 set -e
 if [ -n "$PROCESSES" ]; then
-    exec accelerate launch --cpu --num_processes "$PROCESSES" --mixed_precision no --dynamo_backend no -m hf_compress.cli run "$@"
+    exec accelerate launch --cpu --num_processes "$PROCESSES" --mixed_precision no --dynamo_backend no -m hf_compress.cli.main run "$@"
 fi
-exec accelerate launch --multi_gpu -m hf_compress.cli run "$@"
+exec accelerate launch --multi_gpu -m hf_compress.cli.main run "$@"

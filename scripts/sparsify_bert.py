@@ -22,9 +22,9 @@ sparsity and the output error of each layer is saved beside it. `--help` shows e
 
 import sys
 
-from hf_compress.cli import UNSTRUCTURED, parse_prune, print_prune_help
-from hf_compress.prune_run import prune_classifier
-from hf_compress.report import show_report
+from hf_compress.cli.main import UNSTRUCTURED, parse_prune, print_prune_help
+from hf_compress.jobs.prune import prune_classifier
+from hf_compress.report.report import show_report
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser
 
 import hf_compress as hc
-from hf_compress.data import load_splits
+from hf_compress.jobs.data import load_splits
 
 
 def accuracy(found) -> dict[str, float]:

@@ -26,7 +26,7 @@ def quiet_surroundings(tmp_path, monkeypatch):
 @pytest.fixture
 def call(capsys):
     """Calls the command line; returns its exit code, and what it wrote to stdout and stderr."""
-    from hf_compress.cli import main
+    from hf_compress.cli.main import main
 
     def run(*words):
         with pytest.raises(SystemExit) as stopped:

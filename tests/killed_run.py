@@ -9,7 +9,7 @@ import sys
 
 from transformers import TrainerCallback, trainer
 
-from hf_compress.cli import main
+from hf_compress.cli.main import main
 
 
 class Kill(TrainerCallback):

@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
 
-from hf_compress.data import tokenize
+from hf_compress.jobs.data import tokenize
 from hf_compress.modeling.capture import gate_outputs
 from tests.modeling.tiny import HEADS, difference, predict, tiny_batch, tiny_model
 from tests.tiny_job import save_tiny_bert, tiny_texts, tiny_tokenizer

@@ -9,15 +9,15 @@ from huggingface_hub import ModelCard, metadata_load
 from transformers import AutoModelForSequenceClassification
 
 import hf_compress as hc
-from hf_compress.card import make_card, write_card
-from hf_compress.card_base import Base, read_base
-from hf_compress.card_page import PLACEHOLDER
-from hf_compress.distill_run import distill
-from hf_compress.job import PruneJob, QuantizeJob, SparsifyJob
-from hf_compress.prune_run import prune_classifier
-from hf_compress.quantize_run import quantize_classifier
-from hf_compress.recipe import Recipe
-from hf_compress.recipe_steps import PushStep
+from hf_compress.hub.card import make_card, write_card
+from hf_compress.hub.card_base import Base, read_base
+from hf_compress.hub.card_page import PLACEHOLDER
+from hf_compress.jobs.distill import distill
+from hf_compress.jobs.job import PruneJob, QuantizeJob, SparsifyJob
+from hf_compress.jobs.prune import prune_classifier
+from hf_compress.jobs.quantize import quantize_classifier
+from hf_compress.recipe.recipe import Recipe
+from hf_compress.recipe.steps import PushStep
 from tests.hub_server import metadata_errors
 from tests.tiny_job import files_of, make_inputs, tiny_arguments, tiny_job, tiny_tokenizer
 from tests.tiny_recipe import tiny_recipe

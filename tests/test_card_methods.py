@@ -4,12 +4,12 @@ import re
 
 import pytest
 
-from hf_compress import card_methods
-from hf_compress.card_methods import references_of, tags_of
 from hf_compress.distillation.arguments import Divergence, TermKind
-from hf_compress.format_options import FORMATS
+from hf_compress.hub import card_methods
+from hf_compress.hub.card_methods import references_of, tags_of
 from hf_compress.pruning.config import Score
 from hf_compress.pruning.unstructured_config import WeightScore
+from hf_compress.recipe.format_options import FORMATS
 
 
 def cited(step, settings):

@@ -12,9 +12,9 @@ import pytest
 import transformers
 
 import hf_compress
-from hf_compress.cli import DISTILL_DEFAULTS, main
+from hf_compress.cli.main import DISTILL_DEFAULTS, main
 from hf_compress.distillation.arguments import DistillationArguments
-from hf_compress.job import DistillJob
+from hf_compress.jobs.job import DistillJob
 from tests.tiny_job import files_of, make_inputs, quality, students
 
 ROOT = Path(__file__).parent.parent

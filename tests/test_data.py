@@ -7,7 +7,7 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from transformers import AutoModelForSequenceClassification, BertConfig
 
-from hf_compress.data import (
+from hf_compress.jobs.data import (
     check_columns,
     check_length,
     check_tokenizer,

@@ -9,8 +9,8 @@ from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertModel, TrainerCallback
 
-from hf_compress.distill_run import distill
-from hf_compress.job import DistillJob, run_settings
+from hf_compress.jobs.distill import distill
+from hf_compress.jobs.job import DistillJob, run_settings
 from tests.tiny_job import (
     files_of,
     make_inputs,
@@ -216,7 +216,7 @@ def test_run_stopped_while_measuring(run, inputs, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("hf_compress.distill_run.measure", interrupt)
+        patched.setattr("hf_compress.jobs.distill.measure", interrupt)
         with pytest.raises(KeyboardInterrupt):
             distill(job, args)
     saved = students(tmp_path / "run")
@@ -226,7 +226,7 @@ def test_run_stopped_while_measuring(run, inputs, tmp_path, monkeypatch):
 
 
 def test_other_settings_do_not_continue_a_run(inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_compress.distill_run.measure", lambda *arguments: {}["stop"])
+    monkeypatch.setattr("hf_compress.jobs.distill.measure", lambda *arguments: {}["stop"])
     with pytest.raises(KeyError):
         distill(tiny_job(inputs), tiny_arguments(tmp_path / "run", max_steps=1))
     before = files_of(tmp_path / "run")

@@ -15,16 +15,16 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from hf_compress.classifiers import Yardstick, score, score_alone
-from hf_compress.cli_evaluate import NOT_KEPT, SeveralValues, spread
-from hf_compress.cli_evaluate import evaluate as evaluate_command
-from hf_compress.data import label_ids, load_splits, tokenize
-from hf_compress.evaluate_run import evaluate_model, read_rows
+from hf_compress.cli.evaluate import NOT_KEPT, SeveralValues, spread
+from hf_compress.cli.evaluate import evaluate as evaluate_command
 from hf_compress.evaluation.cost import count_macs, count_parameters, saved_bytes
+from hf_compress.jobs.classifiers import Yardstick, score, score_alone
+from hf_compress.jobs.data import label_ids, load_splits, tokenize
+from hf_compress.jobs.evaluate import evaluate_model, read_rows
 from hf_compress.pruning.vocabulary import prune_vocabulary
 from hf_compress.quantization.config import Int8DynamicConfig
 from hf_compress.quantization.quantize import quantize
-from hf_compress.recipe_steps import DataConfig, MeasureConfig
+from hf_compress.recipe.steps import DataConfig, MeasureConfig
 from tests.evaluation.test_parts import cut_
 from tests.modeling.tiny import tiny_model
 from tests.tiny_job import NAMES, VOCABULARY, save_tiny_bert, tiny_texts, tiny_tokenizer, write_data, write_rows

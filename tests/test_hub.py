@@ -21,9 +21,9 @@ from transformers import AutoModelForSequenceClassification
 from typer.testing import CliRunner
 
 from hf_compress import Int8DynamicConfig, StructuredPruningConfig, prune, quantize
-from hf_compress.card_page import PLACEHOLDER
-from hf_compress.cli_push import push
-from hf_compress.hub import push_compressed
+from hf_compress.cli.push import push
+from hf_compress.hub.card_page import PLACEHOLDER
+from hf_compress.hub.push import push_compressed
 from tests.hub_server import CUT, Fault, Hub
 from tests.tiny_job import save_tiny_bert, tiny_tokenizer
 

@@ -11,18 +11,18 @@ from transformers import BitsAndBytesConfig, GPTNeoXConfig, GPTNeoXForCausalLM
 from transformers.pytorch_utils import Conv1D
 from typer.testing import CliRunner
 
-from hf_compress import stages
 from hf_compress.checkpoint.config import CompressionConfig
 from hf_compress.checkpoint.packed_modules import read_formats
 from hf_compress.checkpoint.sparse import sparse_names
-from hf_compress.cli_inspect import inspect as inspect_command
+from hf_compress.cli.inspect import inspect as inspect_command
 from hf_compress.evaluation.cost import count_parameters, saved_bytes
-from hf_compress.inspect_checkpoint import inspect, inspect_checkpoint
-from hf_compress.inspect_run import REPORT_FILE, RUN_FILE
+from hf_compress.jobs import stages
 from hf_compress.modeling.blocks import count_layers, find_blocks, find_stacks, token_embeddings
 from hf_compress.pruning.vocabulary import prune_vocabulary
 from hf_compress.quantization.config import FloatConfig
 from hf_compress.quantization.quantize import quantize
+from hf_compress.report.inspect_checkpoint import inspect, inspect_checkpoint
+from hf_compress.report.inspect_run import REPORT_FILE, RUN_FILE
 from tests.evaluation.test_parts import KINDS, cut_, saved, tensor_bytes
 from tests.modeling.tiny import MODEL_TYPES, tiny_model
 from tests.pruning.tiny_tokenizers import CORPUS, TOKENIZERS

@@ -8,9 +8,9 @@ import torch
 from datasets import load_dataset
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer, BertModel
 
-from hf_compress import pipeline
-from hf_compress.pipeline import compress
-from hf_compress.recipe_steps import (
+from hf_compress.pipeline import compress as pipeline
+from hf_compress.pipeline.compress import compress
+from hf_compress.recipe.steps import (
     DataConfig,
     DistilStep,
     EvaluateStep,
@@ -115,7 +115,7 @@ def test_a_run_that_was_stopped_ends_like_an_unbroken_one(finished, tmp_path, mo
                 calls.append(args)
                 return stop() if len(calls) == at else real(*args, **kwargs)
 
-            patch.setattr(f"hf_compress.pipeline.{place}", sometimes)
+            patch.setattr(f"hf_compress.pipeline.compress.{place}", sometimes)
             with pytest.raises(Stopped):
                 compress(recipe, tmp_path / "out")
     compress(recipe, tmp_path / "out")
@@ -219,7 +219,7 @@ def test_no_room_on_the_disk(tmp_path, monkeypatch):
     compress(replace(recipe, steps=recipe.steps[:2]), tmp_path / "out")
     before = left_behind(tmp_path / "out")["weights"]
     usage = type("Usage", (), {"free": 10})
-    monkeypatch.setattr("hf_compress.pipeline_checks.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("hf_compress.pipeline.checks.shutil.disk_usage", lambda path: usage)
     with pytest.raises(OSError, match="03-prune may write .* GB left: make room"):
         compress(replace(recipe, steps=recipe.steps[:3]), tmp_path / "out")
     monkeypatch.undo()

@@ -3,14 +3,14 @@
 import pytest
 from transformers import AutoModelForSequenceClassification
 
-from hf_compress.cli import main
-from hf_compress.estimate import Size, after, estimate, size_of
+from hf_compress.cli.main import main
 from hf_compress.evaluation.cost import saved_bytes
-from hf_compress.pipeline import compress
-from hf_compress.planner import FORMATS, Sensitivity, measure_sensitivity, propose
-from hf_compress.recipe import Recipe
-from hf_compress.recipe_steps import PruneStep, QuantizeStep, StudentStep
-from hf_compress.task_data import read_task
+from hf_compress.jobs.task_data import read_task
+from hf_compress.pipeline.compress import compress
+from hf_compress.pipeline.estimate import Size, after, estimate, size_of
+from hf_compress.pipeline.planner import FORMATS, Sensitivity, measure_sensitivity, propose
+from hf_compress.recipe.recipe import Recipe
+from hf_compress.recipe.steps import PruneStep, QuantizeStep, StudentStep
 from tests.tiny_job import save_tiny_bert, tiny_tokenizer
 from tests.tiny_recipe import tiny_data, tiny_recipe
 
@@ -81,7 +81,7 @@ def test_expected_sizes_are_near_those_of_the_files(tmp_path, step):
 
 
 def test_sparsity_counts_its_masks():
-    from hf_compress.recipe_steps import SparsifyStep
+    from hf_compress.recipe.steps import SparsifyStep
 
     assert after(SIZE, SparsifyStep(sparsity=0.5)).megabytes == pytest.approx((10e6 * 17 / 8 + 40e6) / 1e6)
 

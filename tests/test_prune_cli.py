@@ -13,12 +13,12 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 
 import hf_compress as hc
 from hf_compress.checkpoint.widths import read_widths
-from hf_compress.cli import parse_prune
-from hf_compress.data import load_splits
-from hf_compress.job import PruneJob
-from hf_compress.material import CALIBRATION_BATCH
-from hf_compress.prune_run import prepare, prune_classifier
-from hf_compress.report import markdown
+from hf_compress.cli.main import parse_prune
+from hf_compress.jobs.data import load_splits
+from hf_compress.jobs.job import PruneJob
+from hf_compress.jobs.material import CALIBRATION_BATCH
+from hf_compress.jobs.prune import prepare, prune_classifier
+from hf_compress.report.report import markdown
 from tests.tiny_job import files_of, make_inputs, quality, tiny_texts, write_rows
 
 MODEL = {"intermediate_size": 64}
@@ -219,7 +219,7 @@ def test_several_budgets_from_one_calibration(run, inputs, tmp_path, monkeypatch
         calls.append(config.score)
         return hc.calibrate(model, config, data)
 
-    monkeypatch.setattr("hf_compress.prune_kinds.calibrate", count)
+    monkeypatch.setattr("hf_compress.jobs.prune_kinds.calibrate", count)
     prune_classifier(prune_job(inputs, tmp_path / "run", budgets=[0.8, 0.5]), hc.StructuredPruningConfig())
     # The others only ask whether the budgets can be met.
     assert calls.count("obs") == 1
@@ -235,7 +235,7 @@ def test_run_stopped_at_its_second_budget(run, inputs, tmp_path, monkeypatch):
         def stop(model, config, data):
             return hc.prune(model, config, data) if config.budget == 0.8 else interrupt()
 
-        patched.setattr("hf_compress.prune_run.prune", stop)
+        patched.setattr("hf_compress.jobs.prune.prune", stop)
         with pytest.raises(KeyboardInterrupt):
             prune_classifier(job, config)
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"run.json", "pruned-0.8"}
@@ -248,10 +248,10 @@ def test_run_stopped_at_its_second_budget(run, inputs, tmp_path, monkeypatch):
 def test_run_stopped_while_measuring_prunes_nothing_again(run, inputs, tmp_path, monkeypatch):
     job, config = prune_job(inputs, tmp_path / "run"), hc.StructuredPruningConfig()
     with monkeypatch.context() as patched:
-        patched.setattr("hf_compress.prune_run.measure", interrupt)
+        patched.setattr("hf_compress.jobs.prune.measure", interrupt)
         with pytest.raises(KeyboardInterrupt):
             prune_classifier(job, config)
-    monkeypatch.setattr("hf_compress.prune_run.prune", interrupt)
+    monkeypatch.setattr("hf_compress.jobs.prune.prune", interrupt)
     assert quality(prune_classifier(job, config)) == quality(run[1])
 
 

@@ -10,15 +10,15 @@ from matplotlib.image import imread
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig, pipeline
 
 import hf_compress as hc
-from hf_compress.classifiers import Yardstick, score_alone
-from hf_compress.cli import parse_quantize
-from hf_compress.data import load_splits
-from hf_compress.format_options import needs_texts
+from hf_compress.cli.main import parse_quantize
 from hf_compress.formats.packed import PackedModule
-from hf_compress.job import QuantizeJob
+from hf_compress.jobs.classifiers import Yardstick, score_alone
+from hf_compress.jobs.data import load_splits
+from hf_compress.jobs.job import QuantizeJob
+from hf_compress.jobs.quantize import prepare, quantize_classifier
 from hf_compress.quantization.noise import measure_noise
-from hf_compress.quantize_run import prepare, quantize_classifier
-from hf_compress.report import markdown
+from hf_compress.recipe.format_options import needs_texts
+from hf_compress.report.report import markdown
 from tests.tiny_job import files_of, make_inputs, quality, tiny_texts, write_data, write_rows
 
 MODEL = {"hidden_size": 64, "intermediate_size": 128, "layers": 2}
@@ -214,7 +214,7 @@ def test_rows_held_out_are_not_those_measured(inputs, tmp_path, monkeypatch, siz
         seen.update(test=test, texts=texts, held=held)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hf_compress.quantize_run.load_material", spy)
+    monkeypatch.setattr("hf_compress.jobs.quantize.load_material", spy)
     configs = CONFIGS if "train" in sizes else {"int8": CONFIGS["int8"]}
     with pytest.raises(KeyboardInterrupt):
         prepare(quantize_job(inputs, tmp_path, max_drop=0.01, eval_split=test_split), configs, splits)
@@ -238,7 +238,7 @@ def test_costly_module_stays_in_floating_point(inputs, tmp_path, monkeypatch):
         rows.append(len(yardstick.rows))
         return float(type(model.get_submodule(name)) is torch.nn.Linear)
 
-    monkeypatch.setattr("hf_compress.quantize_run.score_alone", score)
+    monkeypatch.setattr("hf_compress.jobs.quantize.score_alone", score)
     report = quantize_classifier(quantize_job(inputs, tmp_path / "run", max_drop=0.5), {"int8": CONFIGS["int8"]})
     assert report["models"][1]["kept_in_float"] == [name]
     assert type(load(tmp_path / "run" / "int8").get_submodule(name)) is torch.nn.Linear
@@ -252,7 +252,7 @@ def test_loss_that_cannot_be_kept_leaves_no_folder(inputs, tmp_path, monkeypatch
     def score(model, yardstick):
         return float(not any(isinstance(module, PackedModule) for module in model.modules()))
 
-    monkeypatch.setattr("hf_compress.quantize_run.score_alone", score)
+    monkeypatch.setattr("hf_compress.jobs.quantize.score_alone", score)
     with pytest.raises(ValueError, match="max_drop=0.1 cannot be kept"):
         quantize_classifier(quantize_job(inputs, tmp_path / "run", max_drop=0.1), {"int8": CONFIGS["int8"]})
     assert not (tmp_path / "run").exists()
@@ -269,7 +269,7 @@ def test_choice_is_made_once(inputs, tmp_path, monkeypatch, call):
     words = ["--model", inputs / "model", "--dataset", inputs / "data", "--max-length", 16, "--use-cpu", "--auto"]
     words += ["--formats", "nf4", "int8", "--cost-batch", 4, "--output-dir", tmp_path / "run"]
     with monkeypatch.context() as patched:
-        patched.setattr("hf_compress.quantize_run.quantize_missing", interrupt)
+        patched.setattr("hf_compress.jobs.quantize.quantize_missing", interrupt)
         # Here float32 is the choice, and the fastest of the others is taken.
         patched.setattr("hf_compress.recommend.choose", lambda times, tolerance: "float32")
         with pytest.raises(KeyboardInterrupt):
@@ -304,16 +304,16 @@ def test_run_stopped_at_its_second_format(run, inputs, tmp_path, monkeypatch):
         def stop(model, config, data):
             return hc.quantize(model, config, data) if config is CONFIGS["int8"] else interrupt()
 
-        patched.setattr("hf_compress.quantize_run.quantize", stop)
+        patched.setattr("hf_compress.jobs.quantize.quantize", stop)
         with pytest.raises(KeyboardInterrupt):
             quantize_classifier(job, CONFIGS)
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"run.json", "int8"}
     place = (tmp_path / "run" / "int8").stat()
     with monkeypatch.context() as patched:
-        patched.setattr("hf_compress.quantize_run.measure", interrupt)
+        patched.setattr("hf_compress.jobs.quantize.measure", interrupt)
         with pytest.raises(KeyboardInterrupt):
             quantize_classifier(job, CONFIGS)
-    monkeypatch.setattr("hf_compress.quantize_run.quantize", interrupt)
+    monkeypatch.setattr("hf_compress.jobs.quantize.quantize", interrupt)
     assert quality(quantize_classifier(job, CONFIGS)) == quality(run[1])
     assert (tmp_path / "run" / "int8").stat().st_ino == place.st_ino
     for name in CONFIGS:

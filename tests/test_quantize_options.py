@@ -8,9 +8,9 @@ import pytest
 from transformers import BitsAndBytesConfig
 
 import hf_compress as hc
-from hf_compress.cli import Once, parse_quantize
-from hf_compress.format_options import FORMATS, format_settings, needs_texts
-from hf_compress.job import QuantizeJob
+from hf_compress.cli.main import Once, parse_quantize
+from hf_compress.jobs.job import QuantizeJob
+from hf_compress.recipe.format_options import FORMATS, format_settings, needs_texts
 
 pytestmark = pytest.mark.usefixtures("quiet_surroundings")
 

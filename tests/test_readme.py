@@ -76,7 +76,7 @@ def test_commands_are_found():
 def test_commands_exist(command):
     words = shlex.split(command, comments=True)
     if words[0] == "hf-compress":
-        main = ("-c", "import sys; sys.argv[0] = 'hf-compress'; from hf_compress.cli import main; main()")
+        main = ("-c", "import sys; sys.argv[0] = 'hf-compress'; from hf_compress.cli.main import main; main()")
         subcommand = [] if words[1].startswith("-") else [words[1]]
         check_options(command, words[1:], *main, *subcommand)
         assert help_of(*main, *subcommand)

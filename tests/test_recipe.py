@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from hf_compress.distillation.arguments import StageConfig, TermConfig
-from hf_compress.format_options import FORMATS
-from hf_compress.recipe import Recipe
-from hf_compress.recipe_fields import build
-from hf_compress.recipe_steps import (
+from hf_compress.recipe.fields import build
+from hf_compress.recipe.format_options import FORMATS
+from hf_compress.recipe.recipe import Recipe
+from hf_compress.recipe.steps import (
     STEPS,
     DataConfig,
     DistilStep,
@@ -25,7 +25,7 @@ from hf_compress.recipe_steps import (
     StudentStep,
     VocabularyStep,
 )
-from hf_compress.recipe_yaml import as_written, plain, read_yaml, write_yaml
+from hf_compress.recipe.yaml_text import as_written, plain, read_yaml, write_yaml
 
 FILES = sorted((Path(__file__).parent.parent / "scripts" / "recipes").glob("*.yaml"))
 HEAD = "model: m\ndata:\n  dataset: d\n"

@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 
-from hf_compress.format_options import FORMATS
 from hf_compress.pruning.prune import prune
 from hf_compress.pruning.unstructured_config import UnstructuredPruningConfig
 from hf_compress.quantization.quantize import quantize
-from hf_compress.recipe import Recipe
-from hf_compress.recipe_steps import (
+from hf_compress.recipe.format_options import FORMATS
+from hf_compress.recipe.recipe import Recipe
+from hf_compress.recipe.steps import (
     DataConfig,
     DistilStep,
     EvaluateStep,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hf_compress.recipe import Recipe
+from hf_compress.recipe.recipe import Recipe
 from tests.test_recipe import HEAD, read_steps
 
 

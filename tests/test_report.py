@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from hf_compress.report import gain, markdown, show_report, table_rows, write_report
+from hf_compress.report.report import gain, markdown, show_report, table_rows, write_report
 
 
 def model(name, compressed, retention=1.0, interval=(0.9, 1.05), metric="accuracy"):

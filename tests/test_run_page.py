@@ -7,9 +7,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from hf_compress.cli import main
-from hf_compress.run_figures import models_of, run_figures
-from hf_compress.run_page import run_markdown, run_page, run_table_rows, summary, title_of, write_run_report
+from hf_compress.cli.main import main
+from hf_compress.report.run_figures import models_of, run_figures
+from hf_compress.report.run_page import run_markdown, run_page, run_table_rows, summary, title_of, write_run_report
 from tests.run_reports import entry, example_report
 
 
@@ -129,7 +129,7 @@ def test_several_runs_on_one_page(tmp_path, capsys):
 
 def test_report_json_is_written_last(tmp_path, monkeypatch):
     report = example_report()
-    monkeypatch.setattr("hf_compress.run_page.json.dumps", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr("hf_compress.report.run_page.json.dumps", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_run_report(report, tmp_path)
     monkeypatch.undo()

@@ -10,15 +10,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, pipeline
 
 import hf_compress as hc
-from hf_compress.cli import parse_prune
-from hf_compress.data import load_splits
-from hf_compress.job import PruneJob, SparsifyJob
-from hf_compress.prune_run import prepare, prune_classifier
+from hf_compress.cli.main import parse_prune
+from hf_compress.jobs.data import load_splits
+from hf_compress.jobs.job import PruneJob, SparsifyJob
+from hf_compress.jobs.prune import prepare, prune_classifier
 from hf_compress.pruning.prune import prune
 from hf_compress.pruning.unstructured import measure_sparsity
 from hf_compress.pruning.unstructured_config import UnstructuredPruningConfig
 from hf_compress.pruning.weight_layers import find_layers
-from hf_compress.report import markdown
+from hf_compress.report.report import markdown
 from tests.tiny_job import files_of, make_inputs, quality, tiny_texts, write_rows
 
 MODEL = {"intermediate_size": 64}
@@ -191,7 +191,7 @@ def test_run_stopped_at_its_second_sparsity(inputs, tmp_path, monkeypatch, value
         def stop(model, config, data):
             return prune(model, config, data) if config.sparsity == 0.5 else interrupt()
 
-        patched.setattr("hf_compress.prune_run.prune", stop)
+        patched.setattr("hf_compress.jobs.prune.prune", stop)
         with pytest.raises(KeyboardInterrupt):
             prune_classifier(job, config)
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"run.json", "pruned-0.5"}

@@ -6,8 +6,8 @@ import pytest
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback
 
-from hf_compress.data import tokenize
-from hf_compress.stages import last_checkpoint, open_run, train_once
+from hf_compress.jobs.data import tokenize
+from hf_compress.jobs.stages import last_checkpoint, open_run, train_once
 from tests.tiny_job import files_of, save_tiny_bert, tiny_arguments, tiny_texts, tiny_tokenizer
 
 SETTINGS = {"model": "bert", "layers": [1, 3], "alpha": 0.9, "seed": None}

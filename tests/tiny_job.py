@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from hf_compress import DistillationArguments
-from hf_compress.distill_run import DistillJob
+from hf_compress.jobs.distill import DistillJob
 
 GOOD = ("good", "great", "fine", "lovely", "best")
 BAD = ("bad", "poor", "awful", "dull", "worst")

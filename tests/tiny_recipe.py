@@ -7,8 +7,8 @@ from typing import Any
 from safetensors.torch import load_file
 from transformers import BertForTokenClassification, BertModel
 
-from hf_compress.recipe import Recipe
-from hf_compress.recipe_steps import (
+from hf_compress.recipe.recipe import Recipe
+from hf_compress.recipe.steps import (
     DataConfig,
     EvaluateStep,
     FinetuneStep,

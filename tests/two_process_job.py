@@ -7,7 +7,7 @@ import sys
 
 from accelerate import debug_launcher
 
-from hf_compress.cli import main
+from hf_compress.cli.main import main
 
 if __name__ == "__main__":
     debug_launcher(main, (["distill", *sys.argv[1:]],), num_processes=2)

@@ -11,10 +11,10 @@ import torch
 import yaml
 from huggingface_hub import EvalResult, ModelCard
 
-from hf_compress.card_base import Base, hub_name, name_base, read_base
-from hf_compress.card_page import TASKS, CardFacts, Data, eval_result, render, shared_limits
 from hf_compress.checkpoint.config import CompressionConfig
 from hf_compress.distillation.arguments import DistillationArguments
+from hf_compress.hub.card_base import Base, hub_name, name_base, read_base
+from hf_compress.hub.card_page import TASKS, CardFacts, Data, eval_result, render, shared_limits
 from hf_compress.modeling.tasks import unwrap
 
 # Training arguments that decide a result, and none that names a place, an account or a token.

@@ -4,7 +4,7 @@ import pytest
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.utils import close_session
 
-from hf_compress.card_page import TASKS
+from hf_compress.hub.card_page import TASKS
 from hf_compress.modeling.tasks import _CLASS_NAMES
 from tests.distillation.tiny import make_trainer
 from tests.hub_server import Hub

@@ -1,0 +1,261 @@
+"""The labelled rows of a recipe, checked: texts, pairs of texts, or sentences whose words are labelled."""
+
+import random
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from datasets import Dataset, DatasetDict
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+)
+
+from hf_compress.distillation.augmentation import AugmentationConfig, augment
+from hf_compress.evaluation.inference import predict
+from hf_compress.evaluation.retention import METRICS
+from hf_compress.jobs.data import check_splits, evaluation_split, label_ids, label_names, load_splits, tokenize
+from hf_compress.jobs.word_labels import (
+    check_words,
+    noisy_sentences,
+    tokenize_words,
+    word_label_ids,
+    word_label_names,
+)
+from hf_compress.modeling.tasks import IGNORED, problem_type
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from hf_compress.recipe.steps import DataConfig
+
+TEXTS, WORDS = "sequence-classification", "token-classification"
+
+
+class TaskData(NamedTuple):
+    """The rows of a recipe as they are in the data set, checked, and what they ask of a model.
+
+    Attributes:
+        config (`DataConfig`): Names their columns.
+        task (`str`): `TEXTS` or `WORDS`.
+        train (`Dataset`): Rows to learn from.
+        test (`Dataset`): Rows to measure on.
+        test_split (`str`): The split that the latter are of.
+        labels (`list[str]` or `None`): Names of the classes, for a model that is fine-tuned on them; `None`: numbers.
+        held_out (`Dataset`, *optional*): Rows to choose something on: of validation or dev, where not measured on.
+    """
+
+    config: "DataConfig"
+    task: str
+    train: Dataset
+    test: Dataset
+    test_split: str
+    labels: list[str] | None
+    held_out: Dataset | None = None
+
+    @property
+    def model_class(self) -> type:
+        """The class that loads a model for these rows."""
+        return AutoModelForTokenClassification if self.task == WORDS else AutoModelForSequenceClassification
+
+    @property
+    def texts(self) -> list[tuple[str, ...]]:
+        """The texts of the rows to learn from, for a vocabulary."""
+        columns = [self.train[column] for column in self.config.text_columns]
+        return [tuple(words) for words in columns[0]] if self.task == WORDS else list(zip(*columns, strict=True))
+
+    def head_options(self) -> dict[str, Any]:
+        """Arguments of `from_pretrained` for a new head that fits the labels."""
+        names = ["value"] if self.labels is None else self.labels
+        options: dict[str, Any] = {
+            "num_labels": len(names),
+            "id2label": dict(enumerate(names)),
+            "label2id": {name: index for index, name in enumerate(names)},
+            # A head for other classes is replaced by a new one, whatever the old one was trained for.
+            "ignore_mismatched_sizes": True,
+        }
+        if self.task == TEXTS:
+            options["problem_type"] = "regression" if self.labels is None else "single_label_classification"
+        return options
+
+    def encode(self, rows: Dataset, tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel") -> Dataset:
+        """Rows as model inputs, with `labels` as the model numbers them, and `length` in tokens.
+
+        Args:
+            rows (`Dataset`): `train`, `test`, or some of them.
+            tokenizer (`PreTrainedTokenizerBase`): The model's.
+            model (`PreTrainedModel`): Numbers the labels.
+
+        Raises:
+            ValueError: if the model has no such label.
+        """
+        ids = self.label_ids(rows, model)
+        if self.task == WORDS:
+            return tokenize_words(rows, tokenizer, self.config.text_columns[0], ids, self.config.max_length)
+        return tokenize(rows, tokenizer, self.config.text_columns, ids, self.config.max_length)
+
+    def label_ids(self, rows: Dataset, model: "PreTrainedModel") -> list:
+        """The labels of rows as a model numbers them: a number, or a list of them for labelled words.
+
+        Raises:
+            ValueError: if the model has no such label.
+        """
+        split = self.test_split if rows is self.test else "train"
+        if self.task == WORDS:
+            return word_label_ids(rows, split, self.config.label_column, model.config)
+        return label_ids(rows, split, self.config.label_column, model.config)
+
+    def with_noise(self, copies: int, n_rows: int, seed: int, tokenizer: Any, model: "PreTrainedModel") -> Dataset:
+        """The encoded rows to learn from, and noisy copies of them, for a teacher to label.
+
+        Args:
+            copies (`int`): Copies of each row; 0 for the rows alone.
+            n_rows (`int`): Rows in all, in the place of `copies`: all there are, and some of their copies. 0 for none.
+            seed (`int`): Of the noise.
+            tokenizer (`PreTrainedTokenizerBase`): The model's.
+            model (`PreTrainedModel`): Numbers the labels.
+        """
+        n_missing = n_rows - len(self.train)
+        if n_rows and n_missing > 0:
+            # So many that there are enough to draw from.
+            copies = -(-n_missing // len(self.train))
+            rows = self.with_noise(copies, 0, seed, tokenizer, model)
+            chosen = random.Random(seed).sample(range(len(self.train), len(rows)), n_missing)
+            return rows.select([*range(len(self.train)), *sorted(chosen)])
+        if not copies:
+            return self.encode(self.train, tokenizer, model)
+        columns, config = self.config.text_columns, AugmentationConfig(copies=copies, seed=seed)
+        ids = self.label_ids(self.train, model)
+        if self.task == WORDS:
+            rows, ids = noisy_sentences(self.train, columns[0], ids, config)
+            return tokenize_words(rows, tokenizer, columns[0], ids, self.config.max_length)
+        labelled = self.train.select_columns(columns).add_column("label", ids)
+        noisy = augment(labelled, config, columns, "label")
+        return tokenize(noisy, tokenizer, columns, noisy["label"], self.config.max_length)
+
+    def collator(self, tokenizer: "PreTrainedTokenizerBase") -> Callable:
+        """What makes a batch of encoded rows, padded to the longest of them."""
+        return (DataCollatorForTokenClassification if self.task == WORDS else DataCollatorWithPadding)(tokenizer)
+
+    def outputs(
+        self,
+        model: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        batch_size: int = 64,
+        rows: Dataset | None = None,
+    ) -> "Outputs":
+        """What a model says of rows, in a form that does not depend on its tokenizer.
+
+        Args:
+            model (`PreTrainedModel`): The model.
+            tokenizer (`PreTrainedTokenizerBase`): Its own.
+            batch_size (`int`, *optional*, defaults to `64`): Rows per forward.
+            rows (`Dataset`, *optional*): By default those to measure on.
+
+        Returns:
+            `Outputs`: By row, or by row and word. A word that `max_length` cuts off counts as the first label.
+        """
+        rows = self.test if rows is None else rows
+        ids = self.label_ids(rows, model)
+        rows = self.encode(rows, tokenizer, model)
+        # From the shortest to the longest, and back in their order.
+        order = np.argsort(rows["length"][:], kind="stable")
+        found = predict(model, rows.select(order), data_collator=self.collator(tokenizer), batch_size=batch_size)
+        back = np.argsort(order)
+        logits = found.logits[back]
+        if self.task == TEXTS:
+            return Outputs(logits, np.asarray(ids, dtype=np.float32 if self.labels_are_numbers(model) else np.int64))
+        return by_word(logits, found.labels[back], ids)
+
+    def labels_are_numbers(self, model: "PreTrainedModel") -> bool:
+        """Whether a model gives numbers instead of classes."""
+        return self.task == TEXTS and problem_type(model.config) == "regression"
+
+    def kind(self, model: "PreTrainedModel") -> str:
+        """What a model's outputs are, as `METRICS` knows them."""
+        return WORDS if self.task == WORDS else problem_type(model.config)
+
+    def metric(self, model: "PreTrainedModel") -> str:
+        """What quality is measured by.
+
+        Raises:
+            ValueError: if the metric that the recipe names does not fit.
+        """
+        kind = self.kind(model)
+        usual = {"regression": "pearsonr", WORDS: "seqeval"}.get(kind, "accuracy")
+        metric = self.config.metric or usual
+        known = [name for name in METRICS[kind] if name != "f1" or model.config.num_labels == 2]
+        if metric not in known:
+            raise ValueError(f"metric={metric!r} does not fit {kind}: choose one of {', '.join(known)}.")
+        return metric
+
+
+class Outputs(NamedTuple):
+    """Outputs and labels.
+
+    Attributes:
+        logits (`np.ndarray`): `(rows, classes)` or `(rows, words, classes)`.
+        labels (`np.ndarray`): `(rows,)` or `(rows, words)`, -100 where there is no word.
+    """
+
+    logits: np.ndarray
+    labels: np.ndarray
+
+
+def read_task(config: "DataConfig", seed: int, splits: DatasetDict | None = None) -> TaskData:
+    """Reads and checks the data of a recipe.
+
+    Args:
+        config (`DataConfig`): Which.
+        seed (`int`): Of the choice of rows, where not all are learned from.
+        splits (`DatasetDict`, *optional*): The data, where they are no file and have no name on the Hub.
+
+    Returns:
+        `TaskData`: Checked.
+
+    Raises:
+        ValueError: if a split, a column or a value does not fit.
+    """
+    splits = load_splits(config.dataset, config.dataset_name) if splits is None else splits
+    test_split = evaluation_split(splits, config.eval_split)
+    if _is_labelled_by_word(splits[test_split], config.label_column):
+        check_words(splits, test_split, config)
+        task, name = WORDS, word_label_names
+    else:
+        check_splits(splits, config.eval_split, config.text_columns, config.label_column)
+        task, name = TEXTS, label_names
+    train = splits["train"]
+    if config.train_rows is not None and config.train_rows < len(train):
+        train = train.select(sorted(random.Random(seed).sample(range(len(train)), config.train_rows)))
+    labels = name(splits["train"], config.label_column)
+    other = next((splits[name] for name in ("validation", "dev") if name in splits and name != test_split), None)
+    return TaskData(config, task, train, splits[test_split], test_split, labels, other)
+
+
+def _is_labelled_by_word(rows: Dataset, column: str) -> bool:
+    return column in rows.column_names and len(rows) > 0 and isinstance(rows[0][column], list)
+
+
+def by_word(logits: np.ndarray, positions: np.ndarray, labels: Sequence[Sequence[int]]) -> Outputs:
+    """Outputs of tokens as outputs of words.
+
+    Args:
+        logits (`np.ndarray`): `(rows, tokens, classes)`.
+        positions (`np.ndarray`): `(rows, tokens)`, other than -100 at the first token of each word.
+        labels (sequence of lists): The labels of each row's words.
+
+    Returns:
+        `Outputs`: `(rows, words, classes)`.
+    """
+    n_words = max(map(len, labels))
+    of_words = np.zeros((len(labels), n_words, logits.shape[-1]), dtype=np.float32)
+    # What is cut off counts as the first label, which is "O" in usual sets.
+    of_words[:, :, 0] = 1.0
+    all_labels = np.full((len(labels), n_words), IGNORED)
+    for row, ids in enumerate(labels):
+        found = logits[row][positions[row] != IGNORED]
+        of_words[row, : len(found)] = found
+        all_labels[row, : len(ids)] = ids
+    return Outputs(of_words, all_labels)

@@ -1,0 +1,190 @@
+"""Sentences whose words are labelled: checked, numbered, tokenized, and made noisy."""
+
+import random
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from datasets import ClassLabel, Dataset, DatasetDict
+
+from hf_compress.distillation.augmentation import AugmentationConfig
+from hf_compress.modeling.tasks import IGNORED
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+    from hf_compress.recipe.steps import DataConfig
+
+
+def check_words(splits: DatasetDict, test_split: str, config: "DataConfig") -> None:
+    """Raises if rows are no sentences of labelled words.
+
+    Args:
+        splits (`DatasetDict`): The data.
+        test_split (`str`): The split to measure on.
+        config (`DataConfig`): Names the columns.
+
+    Raises:
+        ValueError: with the row and what is wrong with it.
+    """
+    if len(config.text_columns) != 1:
+        raise ValueError(
+            f"text_columns={config.text_columns}, but labels are lists, one per word: name the one column of words."
+        )
+    if "train" not in splits:
+        raise ValueError(f"The data set has no split 'train' to learn from, only {', '.join(splits)}.")
+    column = config.text_columns[0]
+    for split in ("train", test_split):
+        rows = splits[split]
+        for name in (column, config.label_column):
+            if name not in rows.column_names:
+                raise ValueError(
+                    f"The split {split!r} has no column {name!r}; its columns are {', '.join(rows.column_names)}."
+                )
+        if len(rows) == 0:
+            raise ValueError(
+                f"The split {split!r} has 0 rows, from which nothing can be learned: give data with rows."
+            )
+        pairs = zip(rows[column], rows[config.label_column], strict=True)
+        for index, (words, labels) in enumerate(pairs):
+            is_whole = isinstance(words, list) and all(isinstance(word, str) for word in words)
+            if not is_whole or not isinstance(labels, list) or len(labels) != len(words) or not words:
+                raise ValueError(
+                    f"Row {index} of the split {split!r} has {words!r:.60} in {column!r} and {labels!r:.60} in "
+                    f"{config.label_column!r}: both must be lists of one length, of words and of their labels."
+                )
+
+
+def word_label_names(rows: Dataset, label_column: str) -> list[str]:
+    """The labels of words that a model without a trained head is to learn, in the order of their ids.
+
+    Args:
+        rows (`Dataset`): Checked rows.
+        label_column (`str`): The column of lists of labels.
+
+    Raises:
+        ValueError: if names and numbers are mixed, or there are fewer than two.
+    """
+    feature = _item_feature(rows, label_column)
+    if isinstance(feature, ClassLabel):
+        return list(feature.names)
+    values = {label for labels in rows[label_column] for label in labels}
+    if all(isinstance(value, str) for value in values):
+        # What is cut off, or unlabelled, counts as the first one.
+        names = sorted(values, key=lambda name: (name != "O", name))
+    elif all(isinstance(value, int) and value >= 0 for value in values):
+        names = [str(i) for i in range(max(values) + 1)]
+    else:
+        raise ValueError(f"Column {label_column!r} mixes names and numbers: write all labels in one of these ways.")
+    if len(names) < 2:
+        raise ValueError(f"Column {label_column!r} has the labels {names}, which leaves nothing to tell apart.")
+    return names
+
+
+def word_label_ids(rows: Dataset, split: str, label_column: str, config: "PreTrainedConfig") -> list[list[int]]:
+    """The labels of words as a model numbers them, by name where there are names.
+
+    Args:
+        rows (`Dataset`): Checked rows.
+        split (`str`): Their split, for the message.
+        label_column (`str`): The column of lists of labels.
+        config (`PreTrainedConfig`): The model's config.
+
+    Raises:
+        ValueError: if a label is none of the model's.
+    """
+    feature = _item_feature(rows, label_column)
+    by_name = {str(name): index for name, index in config.label2id.items()}
+    shares_names = isinstance(feature, ClassLabel) and bool(set(feature.names) & set(by_name))
+
+    def number(label: Any) -> int | None:
+        if shares_names:
+            return by_name.get(feature.names[label])
+        if isinstance(label, str):
+            return by_name.get(label)
+        return label if 0 <= label < config.num_labels else None
+
+    ids = [[number(label) for label in labels] for labels in rows[label_column]]
+    for index, row in enumerate(ids):
+        if None in row:
+            label = rows[index][label_column][row.index(None)]
+            known = ", ".join(f"{i}={config.id2label[i]}" for i in range(config.num_labels))
+            raise ValueError(
+                f"Label {label!r} of row {index} of the split {split!r} is unknown: the model's labels are {known}. "
+                "Rename the labels of the data, or give a model that was trained on them."
+            )
+    return ids
+
+
+def tokenize_words(
+    rows: Dataset,
+    tokenizer: "PreTrainedTokenizerBase",
+    column: str,
+    labels: Sequence[Sequence[int]],
+    max_length: int,
+) -> Dataset:
+    """Turns sentences into model inputs; the first token of each word carries its label.
+
+    Args:
+        rows (`Dataset`): Checked rows.
+        tokenizer (`PreTrainedTokenizerBase`): A fast one.
+        column (`str`): The column of words.
+        labels (sequence of lists of `int`): One per word.
+        max_length (`int`): Tokens per row at most.
+
+    Returns:
+        `Dataset`: The tokenizer's columns, `labels` with -100 where no word begins, and `length` in tokens.
+
+    Raises:
+        ValueError: if the tokenizer cannot tell the words of its tokens.
+    """
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"{type(tokenizer).__name__} is no fast tokenizer, so it cannot tell which word a token is of: load it "
+            "with AutoTokenizer, use_fast=True."
+        )
+
+    def encode(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
+        # Some tokenizers take spelled words only with a space before them; byte-level ones raise and say so.
+        encoded = tokenizer(batch[column], is_split_into_words=True, truncation=True, max_length=max_length)
+        all_labels = []
+        for place, index in enumerate(indices):
+            words = encoded.word_ids(place)
+            starts = [
+                word is not None and word != before for word, before in zip(words, [None, *words[:-1]], strict=True)
+            ]
+            all_labels.append([labels[index][word] if s else IGNORED for word, s in zip(words, starts, strict=True)])
+        return {**encoded, "labels": all_labels, "length": [len(ids) for ids in encoded["input_ids"]]}
+
+    kept = rows.select_columns([column])
+    return kept.map(encode, batched=True, with_indices=True, remove_columns=[column], desc="Tokenizing")
+
+
+def noisy_sentences(
+    rows: Dataset, column: str, labels: Sequence[Sequence[int]], config: AugmentationConfig
+) -> tuple[Dataset, list[list[int]]]:
+    """Sentences and noisy copies of them, in which words are left out or replaced, and keep their places' labels.
+
+    Args:
+        rows (`Dataset`): Checked rows.
+        column (`str`): The column of words.
+        labels (sequence of lists of `int`): One per word.
+        config (`AugmentationConfig`): How many copies, and how noisy.
+
+    Returns:
+        `tuple[Dataset, list[list[int]]]`: The column of words, originals first, and the labels.
+    """
+    draw = random.Random(config.seed)
+    sentences = [(words, list(ids)) for words, ids in zip(rows[column], labels, strict=True)]
+    known = [word for words, _ in sentences for word in words]
+
+    def change(words: list[str], ids: list[int]) -> tuple[list[str], list[int]]:
+        kept = [i for i in range(len(words)) if draw.random() >= config.word_dropout] or [0]
+        noisy = [draw.choice(known) if draw.random() < config.word_replacement else words[i] for i in kept]
+        return noisy, [ids[i] for i in kept]
+
+    sentences += [change(*sentence) for sentence in sentences[:] for _ in range(config.copies)]
+    return Dataset.from_dict({column: [words for words, _ in sentences]}), [ids for _, ids in sentences]
+
+
+def _item_feature(rows: Dataset, column: str) -> Any:
+    return getattr(rows.features[column], "feature", None)

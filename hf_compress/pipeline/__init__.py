@@ -1,0 +1,1 @@
+"""Recipes applied: steps in order, saved, reloaded, measured, continued."""

@@ -1,0 +1,94 @@
+"""What can be known of a recipe's run before anything is trained or written."""
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import AutoTokenizer
+
+from hf_compress.distillation.student import make_student
+from hf_compress.jobs.data import check_length, check_tokenizer
+from hf_compress.pipeline.state import Place, places_of
+from hf_compress.pipeline.training import training_arguments
+from hf_compress.pruning.vocabulary import prune_vocabulary
+from hf_compress.recipe.steps import FinetuneStep, StudentStep, TrainingStep, VocabularyStep
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from hf_compress.jobs.task_data import TaskData
+    from hf_compress.recipe.recipe import Recipe
+
+# A training keeps one checkpoint while it writes the next: weights, and two moments of each, twice.
+_OF_A_TRAINING = 6
+
+
+def check_before(recipe: "Recipe", data: "TaskData", output: Path) -> "PreTrainedModel":
+    """Raises if model and data do not fit each other, a step's values are refused, or the output holds the inputs.
+
+    Args:
+        recipe (`Recipe`): What is to be done.
+        data (`TaskData`): The rows.
+        output (`Path`): The run's folder.
+
+    Returns:
+        `PreTrainedModel`: The model that the recipe names.
+
+    Raises:
+        ValueError: with what does not fit, and what to do.
+    """
+    _check_inputs(recipe, output)
+    is_finetuned = isinstance(recipe.steps[0], FinetuneStep)
+    options: dict[str, Any] = data.head_options() if is_finetuned else {}
+    model, loading = data.model_class.from_pretrained(recipe.model, output_loading_info=True, **options)
+    if loading["missing_keys"] and not is_finetuned:
+        raise ValueError(
+            f"{recipe.model} holds no trained task head (missing: {', '.join(sorted(loading['missing_keys']))}), so "
+            "it has nothing to keep. Give a fine-tuned model, or begin the steps with `- finetune:`."
+        )
+    tokenizer = AutoTokenizer.from_pretrained(recipe.model)
+    check_tokenizer(tokenizer, model)
+    data.metric(model)
+    check_length(model, data.encode(data.test, tokenizer, model))
+    data.label_ids(data.train, model)
+    for place in places_of(recipe, output):
+        if isinstance(place.step, StudentStep):
+            make_student(model, place.step)
+        if isinstance(place.step, VocabularyStep) and not place.folder.exists():
+            prune_vocabulary(model, tokenizer, data.texts, place.step)
+        if isinstance(place.step, TrainingStep):
+            training_arguments(place.step, place.work, recipe.seed)
+    return model
+
+
+def check_room(place: Place) -> None:
+    """Raises if the disk has no room for what a step writes.
+
+    Args:
+        place (`Place`): The step.
+
+    Raises:
+        OSError: with what it needs and what there is.
+    """
+    if place.folder.exists():
+        return
+    files = Path(place.model).glob("*.safetensors") if Path(place.model).is_dir() else ()
+    n_bytes = sum(file.stat().st_size for file in files)
+    needed = n_bytes * (1 + (_OF_A_TRAINING if isinstance(place.step, TrainingStep) else 0))
+    free = shutil.disk_usage(place.folder.parent).free
+    if needed > free:
+        raise OSError(
+            f"{place.name} may write {needed / 1e9:.1f} GB, and {place.folder.parent} has {free / 1e9:.1f} GB left: "
+            "make room, and repeat the command to continue."
+        )
+
+
+def _check_inputs(recipe: "Recipe", output: Path) -> None:
+    place = output.resolve()
+    for what, path in (("model", recipe.model), ("data set", recipe.data.dataset)):
+        inner = Path(path).expanduser().resolve()
+        if inner.exists() and place in (inner, *inner.parents):
+            raise ValueError(
+                f"The {what} {path} lies in the output folder {output}, where it could be overwritten: give an output "
+                "folder of its own."
+            )

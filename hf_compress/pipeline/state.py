@@ -1,0 +1,214 @@
+"""The folder of a recipe's run: what is there, what of it is still wanted, and what a step starts from."""
+
+import hashlib
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import hf_compress
+from hf_compress.jobs.stages import PARTIAL, REPORT_FILE, RUN_FILE, WORK
+from hf_compress.recipe.steps import (
+    EvaluateStep,
+    FinetuneStep,
+    PushStep,
+    SparsifyStep,
+    Step,
+    VocabularyStep,
+)
+
+if TYPE_CHECKING:
+    from hf_compress.recipe.recipe import Recipe
+
+logger = logging.getLogger(__name__)
+
+MODEL = "00-model"
+_MADE_BY, _KIND = "hf-compress", "recipe"
+# What a run writes beside the folders of its steps.
+_PAGES = (REPORT_FILE, "report.md", "report.html")
+
+
+class Place(NamedTuple):
+    """A step in its run.
+
+    Attributes:
+        name (`str`): Such as `02-prune`.
+        step (`Step` or `None`): Its settings; `None` for the model that the recipe names.
+        folder (`Path`): Where its model is saved; for a step without one, where it would be.
+        model (`str`): The model that it starts from: a folder, or what the recipe names.
+        teacher (`str`): What all are compared with: the fine-tuned model, or what the recipe names.
+        before (`tuple[Step, ...]`): The steps before it.
+        fingerprint (`str`): Of all that decides its model.
+    """
+
+    name: str
+    step: Step | None
+    folder: Path
+    model: str
+    teacher: str
+    before: tuple[Step, ...]
+    fingerprint: str
+
+    @property
+    def makes_model(self) -> bool:
+        """Whether the step saves a model."""
+        return self.step is not None and not isinstance(self.step, EvaluateStep | PushStep)
+
+    @property
+    def path(self) -> str:
+        """Where the model is after the step."""
+        return str(self.folder) if self.makes_model else self.model
+
+    @property
+    def entry_file(self) -> Path:
+        """Where the step's entry of the report is kept."""
+        return self.folder.with_name(self.name + ".json")
+
+    @property
+    def work(self) -> Path:
+        """Where a training keeps its checkpoints."""
+        return self.folder.with_name(self.name + WORK)
+
+    def cut_vocabulary(self) -> VocabularyStep | None:
+        """The step before this one that changed the tokens, if there is one."""
+        return next((step for step in self.before if isinstance(step, VocabularyStep)), None)
+
+    def zeros(self) -> SparsifyStep | None:
+        """The step before this one whose zeros must stay, if there is one."""
+        return next((step for step in self.before if isinstance(step, SparsifyStep)), None)
+
+    def read_entry(self) -> dict[str, Any]:
+        """What is known of the step so far; empty for another step's."""
+        try:
+            entry = json.loads(self.entry_file.read_text())
+        except (FileNotFoundError, ValueError):
+            return {}
+        is_same = isinstance(entry, dict) and entry.get("fingerprint") == self.fingerprint
+        return entry if is_same else {}
+
+    def write_entry(self, entry: dict[str, Any]) -> None:
+        """Keeps what is known of the step, as a whole or not at all."""
+        write_json(self.entry_file, {"fingerprint": self.fingerprint, **entry})
+
+    def clear(self) -> None:
+        """Removes what another recipe left in the place of the step."""
+        remove_step(self.folder.parent, self.name)
+
+
+def places_of(recipe: "Recipe", output: Path) -> list[Place]:
+    """The steps of a recipe, each with what it starts from.
+
+    Args:
+        recipe (`Recipe`): What is to be done.
+        output (`Path`): The run's folder.
+
+    Returns:
+        `list[Place]`: In order.
+    """
+    plan = recipe.to_dict()
+    chain: dict[str, Any] = {name: plan[name] for name in ("model", "data", "seed")}
+    # Other files at the same place are another model, or other data.
+    chain |= {"version": hf_compress.__version__, "files": [_stamp(recipe.model), _stamp(recipe.data.dataset)]}
+    model = teacher = recipe.model
+    places: list[Place] = []
+    for number, (step, settings) in enumerate(zip(recipe.steps, plan["steps"], strict=True), start=1):
+        chain = {"before": _digest(chain), "step": settings}
+        name = f"{number:02d}-{step.key}"
+        place = Place(name, step, output / name, model, teacher, tuple(recipe.steps[: number - 1]), _digest(chain))
+        places.append(place)
+        if place.makes_model:
+            model = str(place.folder)
+        else:
+            # What is checked or pushed changes no model after it.
+            chain = {"before": chain["before"]}
+        if isinstance(step, FinetuneStep):
+            teacher = str(place.folder)
+    return places
+
+
+def open_output(recipe: "Recipe", output: Path, overwrite: bool) -> None:
+    """Takes a folder for a run, or continues the run in it; what a changed recipe no longer makes is removed.
+
+    Args:
+        recipe (`Recipe`): What is to be done.
+        output (`Path`): The run's folder; made if missing.
+        overwrite (`bool`): Whether all results of an earlier run there may be deleted.
+
+    Raises:
+        ValueError: if the folder is a file, holds files of others, or another command's run.
+    """
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"The output folder {output} is a file: give a new or an empty folder.")
+    stored = _read_run(output / RUN_FILE)
+    names = [place.name for place in places_of(recipe, output)]
+    if stored is None and output.exists() and any(path.name != RUN_FILE + PARTIAL for path in output.iterdir()):
+        raise ValueError(
+            f"The output folder {output} holds files that are not of a run of a recipe, so nothing is written there "
+            "and nothing deleted: give a new or an empty folder."
+        )
+    if stored is not None:
+        made = [name for name in stored.get("stages", []) if _is_name(name)]
+        for name in made if overwrite else [name for name in made if name not in names]:
+            logger.info("%s is no longer wanted, and removed.", name)
+            remove_step(output, name)
+        if not overwrite:
+            logger.info("Continuing the run in %s.", output)
+    output.mkdir(parents=True, exist_ok=True)
+    # A page of what was found before would not be of this recipe.
+    content = {"made_by": _MADE_BY, "kind": _KIND, "settings": recipe.to_dict(), "stages": names}
+    if stored != content or overwrite:
+        for page in _PAGES:
+            (output / page).unlink(missing_ok=True)
+    write_json(output / RUN_FILE, content)
+
+
+def remove_step(output: Path, name: str) -> None:
+    """Removes the results of a step, finished or not.
+
+    Args:
+        output (`Path`): The run's folder.
+        name (`str`): The step's.
+    """
+    # The mark that it is finished first, so that a half removed model is never taken for a whole one.
+    (output / f"{name}.json").unlink(missing_ok=True)
+    for suffix in ("", WORK, PARTIAL, ".cache"):
+        shutil.rmtree(output / f"{name}{suffix}", ignore_errors=True)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes a file as a whole or not at all.
+
+    Args:
+        path (`Path`): Where to.
+        content (`dict`): Plain JSON types.
+    """
+    partial = path.with_name(path.name + PARTIAL)
+    partial.write_text(json.dumps(content, indent=2) + "\n")
+    partial.replace(path)
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _stamp(path: str) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of the files at a path; nothing for a name on the Hub."""
+    place = Path(path).expanduser()
+    files = sorted(file for file in place.rglob("*") if file.is_file()) if place.is_dir() else [place]
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+
+
+def _read_run(file: Path) -> dict[str, Any] | None:
+    """What a recipe's run said of itself; `None` if there is none."""
+    try:
+        content = json.loads(file.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    is_ours = isinstance(content, dict) and content.get("made_by") == _MADE_BY and content.get("kind") == _KIND
+    return content if is_ours else None
+
+
+def _is_name(name: Any) -> bool:
+    # No name in the file may lead out of the folder.
+    return isinstance(name, str) and bool(name) and Path(name).name == name and name not in (".", "..")

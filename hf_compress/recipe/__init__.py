@@ -1,0 +1,1 @@
+"""What is to be done: recipes as dataclasses and as YAML."""

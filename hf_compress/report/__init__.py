@@ -1,0 +1,1 @@
+"""What runs found, in tables, figures and pages; and what checkpoints hold."""

@@ -1,0 +1,210 @@
+"""What a run found: one table for the terminal and for report.md, and report.json with every figure."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from hf_compress.report.words import is_share, words_of
+
+HEADINGS = ("model", "{metric}", "retention % [95 %]", "params", "MB", "{work}", "faster")
+
+
+def write_report(report: dict[str, Any], folder: Path) -> None:
+    """Writes `report.md`, and last, because it marks the run as finished, `report.json`.
+
+    Args:
+        report (`dict`): As `distill`, `prune_classifier` or `quantize_classifier` returns it.
+        folder (`Path`): The run's folder.
+    """
+    (folder / "report.md").write_text(markdown(report))
+    partial = folder / "report.json.partial"
+    partial.write_text(json.dumps(report, indent=2) + "\n")
+    partial.rename(folder / "report.json")
+
+
+def table_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The table of a report as texts, headings first.
+
+    Args:
+        report (`dict`): As `distill`, `prune_classifier` or `quantize_classifier` returns it.
+
+    Returns:
+        `list[tuple[str, ...]]`: One row per model; the first is what the others are compared with.
+    """
+    words = words_of(report)
+    rows = [tuple(heading.format(metric=report["metric"], work=words.heading) for heading in HEADINGS)]
+    for position, model in enumerate(report["models"]):
+        quality, cost, name = model["quality"], model["cost"], model["name"]
+        rows.append(
+            (
+                name,
+                _value(quality),
+                _retention(quality) if position else "-",
+                f"{cost['parameters']['total'] / 1e6:.1f} M",
+                f"{cost['bytes_on_disk'] / 1e6:.1f}",
+                words.cell(model),
+                f"{1 / report['latency']['ratio'][name]:.2f}x",
+            )
+        )
+    return rows
+
+
+def _value(quality: dict[str, Any]) -> str:
+    value = quality["compressed"]
+    if value is None:
+        return "-"
+    return f"{100 * value:.1f} %" if is_share(quality["metric"]) else f"{value:.3f}"
+
+
+def _retention(quality: dict[str, Any]) -> str:
+    if quality["retention"] is None:
+        return "-"
+    low, high = quality["retention_interval"]
+    # Undefined if the teacher's metric was on any of the resamples.
+    interval = "-" if low is None or high is None else f"{100 * low:.1f}, {100 * high:.1f}"
+    return f"{100 * quality['retention']:.1f} [{interval}]"
+
+
+def gain(report: dict[str, Any]) -> str:
+    """What the teacher was worth, in one sentence: the student beside the same student trained alone.
+
+    Args:
+        report (`dict`): As `distill`, `prune_classifier` or `quantize_classifier` returns it.
+
+    Returns:
+        `str`: The difference and its interval; empty where no student was trained alone.
+    """
+    if report["gain"] is None:
+        return ""
+    metric, (low, high) = report["metric"], report["gain"]["difference_interval"]
+    values = (report["gain"]["difference"], low, high)
+    if None in values:
+        return f"The difference in {metric} that the teacher made is not defined on these rows."
+    scale, digits, unit = (100, 1, " points") if is_share(metric) else (1, 3, "")
+    difference, low, high = (f"{scale * value:+.{digits}f}" for value in values)
+    return f"Difference in {metric} that the teacher made: {difference}{unit}, 95 % interval [{low}, {high}]."
+
+
+def conditions(report: dict[str, Any]) -> str:
+    """Under which the figures of a report were measured, in one sentence.
+
+    Args:
+        report (`dict`): As `distill`, `prune_classifier` or `quantize_classifier` returns it.
+
+    Returns:
+        `str`: Rows, device, threads, dtype, batch, sequence length and versions.
+    """
+    words = words_of(report)
+    c = report["latency"]["conditions"]
+    first = next(iter(report["latency"]["latency"].values()))
+    dtypes = {latency["dtype"] for latency in report["latency"]["latency"].values()}
+    return (
+        f"Quality on {report['rows_measured_on']} rows, {words.made(report)}; {words.note}; faster: "
+        f"ratio of median latencies, interleaved (the first took {1000 * first['median_s']:.0f} ms), "
+        f"of a batch of {c['batch_size']} rows of {c['sequence_length']} tokens, {'/'.join(sorted(dtypes))}, "
+        f"{c['device']} ({c['processor']}), {c['threads']} threads, torch {c['torch_version']}, "
+        f"transformers {c['transformers_version']}. "
+        "All figures are of the models saved and loaded again."
+    )
+
+
+def title(report: dict[str, Any]) -> str:
+    """What a report is about.
+
+    Args:
+        report (`dict`): As `distill`, `prune_classifier` or `quantize_classifier` returns it.
+
+    Returns:
+        `str`: A heading.
+    """
+    return words_of(report).title(report)
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report as a page.
+
+    Args:
+        report (`dict`): As `distill`, `prune_classifier` or `quantize_classifier` returns it.
+
+    Returns:
+        `str`: Markdown.
+    """
+    headings, *rows = table_rows(report)
+    lines = ["| " + " | ".join(row) + " |" for row in (headings, ("---",) * len(headings), *rows)]
+    words = words_of(report)
+    data = f", {words.data} `{report['job']['dataset']}`" if words.data else ""
+    parts = (
+        f"# {title(report)}",
+        f"Of `{report['job']['model']}`{data}.",
+        "\n".join(lines),
+        *(f"![{caption(report)}: {name}]({figure})" for name, figure in figures(report).items()),
+        gain(report),
+        *words.remarks(report),
+        conditions(report),
+        *(f"```text\n{block}\n```" for block in words.blocks(report)),
+        words.settings(report),
+    )
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def figures(report: dict[str, Any]) -> dict[str, str]:
+    """Files of the figures that belong to a report, beside it: by model, or by what they show.
+
+    Args:
+        report (`dict`): As `distill`, `prune_classifier` or `quantize_classifier` returns it.
+    """
+    return {model["name"]: model["figure"] for model in report["models"] if "figure" in model} | report.get(
+        "figures", {}
+    )
+
+
+def caption(report: dict[str, Any]) -> str:
+    """What the figures of a report show.
+
+    Args:
+        report (`dict`): As `prune_classifier` or `quantize_classifier` returns it.
+    """
+    return words_of(report).caption
+
+
+def show_report(report: dict[str, Any], folder: str | Path) -> None:
+    """Shows the table on the terminal, and what to type next.
+
+    Args:
+        report (`dict`): As `distill`, `prune_classifier` or `quantize_classifier` returns it.
+        folder (`str` or `Path`): The run's folder.
+    """
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    # Names and paths may hold brackets, which rich would take for its markup.
+    console = Console(markup=False, highlight=False)
+    folder = Path(folder)
+    headings, *rows = table_rows(report)
+    table = Table(*headings, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for row in rows:
+        table.add_row(*row)
+    for column in table.columns:
+        column.overflow = "fold"  # in a narrow terminal, rather than cut off
+    for column in table.columns:
+        column.no_wrap = True
+    for column in table.columns[1:]:
+        column.justify = "right"
+    console.print(table)
+    for remark in (gain(report), *words_of(report).remarks(report)):
+        if remark:
+            console.print(remark)
+    console.print(conditions(report), style="dim")
+    console.print(f"\nAll figures: {folder / 'report.json'}, {folder / 'report.md'}", soft_wrap=True)
+    if figures(report):
+        drawn = ", ".join(str(folder / figure) for figure in figures(report).values())
+        console.print(f"{caption(report)}: {drawn}", soft_wrap=True)
+    made = report["models"][1]
+    words = words_of(report)
+    needs_plugin = made["needs_hf_compress"]
+    loads = "loads after `import hf_compress`" if needs_plugin else "is a stock checkpoint and needs no plug-in"
+    console.print(f"What next? The {words.model} {loads}:\n")
+    code = f"from transformers import pipeline\nclassify = pipeline('text-classification', '{folder / made['name']}')"
+    console.print("import hf_compress\n" * needs_plugin + code, style="bold", soft_wrap=True)
+    console.print(f"\n{words.advice}", soft_wrap=True)

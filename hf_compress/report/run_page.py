@@ -1,0 +1,214 @@
+"""The report of a recipe's run: report.json, report.md, and report.html, a page that needs nothing but itself."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from hf_compress.report.run_figures import models_of, run_figures
+from hf_compress.report.tables import show_table, show_text
+from hf_compress.report.words import is_share
+
+Report = dict[str, Any]
+Entry = dict[str, Any]
+
+REPORT_FILE, PAGE_FILE, TEXT_FILE = "report.json", "report.html", "report.md"
+
+
+def write_run_report(report: Report, folder: Path) -> None:
+    """Writes `report.md`, `report.html`, and last, because it marks the run as finished, `report.json`.
+
+    Args:
+        report (`dict`): As `compress` returns it.
+        folder (`Path`): The run's folder.
+    """
+    texts = {TEXT_FILE: run_markdown(report), PAGE_FILE: run_page({title_of(report): report})}
+    for name, text in (texts | {REPORT_FILE: json.dumps(report, indent=2) + "\n"}).items():
+        partial = folder / f"{name}.partial"
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(folder / name)
+
+
+def run_page(reports: Mapping[str, Report]) -> str:
+    """One page for one run or several: tables, figures, and what the figures mean in words.
+
+    Args:
+        reports (`Mapping[str, dict]`): Reports of recipes' runs, by what each is called.
+
+    Returns:
+        `str`: HTML with its styles and figures inside.
+
+    Raises:
+        ValueError: if the runs measured other metrics, which cannot be on one axis.
+    """
+    metrics = {report["metric"] for report in reports.values()}
+    if len(metrics) > 1:
+        raise ValueError(
+            f"The runs measured {', '.join(sorted(metrics))}, which cannot be compared: give runs with one metric."
+        )
+    template = (Path(__file__).parent / "report.html.j2").read_text(encoding="utf-8")
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    runs = [
+        {
+            "name": name,
+            "summary": summary(report),
+            "rows": run_table_rows(report),
+            "notes": notes(report),
+            "conditions": conditions(report),
+            "result": report["result"],
+        }
+        for name, report in reports.items()
+    ]
+    heading = next(iter(reports)) if len(reports) == 1 else f"{len(reports)} runs compared"
+    return environment.from_string(template).render(heading=heading, runs=runs, figures=run_figures(reports))
+
+
+def run_table_rows(report: Report) -> list[tuple[str, ...]]:
+    """The table of a run as texts, headings first: a row for each model.
+
+    Args:
+        report (`dict`): Of a recipe's run.
+
+    Returns:
+        `list[tuple[str, ...]]`: Step, metric, retention with its interval, parameters, megabytes, multiply-accumulates
+        per row, speed at each batch size, seconds, and their ratio to the teacher's training.
+    """
+    models = models_of(report)
+    sizes = sorted(models[0]["latency"], key=int)
+    headings = ["step", report["metric"], "retention % [95 %]", "params", "MB", "MACs"]
+    headings += [f"faster, {size} rows" for size in sizes] + ["seconds", "of teacher"]
+    rows = [tuple(headings)]
+    for entry in models:
+        quality, cost = entry["quality"], entry["cost"]
+        rows.append(
+            (
+                entry["name"],
+                value_text(report["metric"], quality["compressed"]),
+                "-" if entry["name"] == report["reference"] else _retention(quality),
+                f"{cost['parameters']['total'] / 1e6:.2f} M",
+                f"{cost['bytes_on_disk'] / 1e6:.2f}",
+                f"{cost['macs'] / cost['conditions']['batch_size'] / 1e6:.0f} M",
+                *(f"{1 / entry['latency'][size]['ratio']:.2f}x" for size in sizes),
+                "-" if entry["seconds"] is None else f"{entry['seconds']:.0f}",
+                "-" if entry["seconds_of_reference"] is None else f"{entry['seconds_of_reference']:.2f}",
+            )
+        )
+    return rows
+
+
+def value_text(metric: str, value: float | None) -> str:
+    """A metric's value as it is shown: shares in percent.
+
+    Args:
+        metric (`str`): Its name.
+        value (`float` or `None`): The value; `None` where it is undefined.
+    """
+    if value is None:
+        return "-"
+    return f"{100 * value:.1f} %" if is_share(metric) else f"{value:.3f}"
+
+
+def _retention(quality: Mapping[str, Any]) -> str:
+    if quality["retention"] is None:
+        return "-"
+    low, high = quality["retention_interval"]
+    interval = "-" if low is None or high is None else f"{100 * low:.1f}, {100 * high:.1f}"
+    return f"{100 * quality['retention']:.1f} [{interval}]"
+
+
+def title_of(report: Report) -> str:
+    """What a run is called: its steps and its model.
+
+    Args:
+        report (`dict`): Of a recipe's run.
+    """
+    steps = " > ".join(entry["step"] for entry in report["steps"] if entry["step"] != "model")
+    return f"{Path(report['recipe']['model']).name}: {steps}"
+
+
+def summary(report: Report) -> str:
+    """What was gained and lost, in one sentence.
+
+    Args:
+        report (`dict`): Of a recipe's run.
+    """
+    models = {entry["name"]: entry for entry in models_of(report)}
+    first = models[report["reference"]]
+    if report["result"] is None:
+        return "No model passed the gates of the recipe."
+    last = models[report["result"]]
+    kept, size = last["quality"]["retention"], first["cost"]["bytes_on_disk"] / last["cost"]["bytes_on_disk"]
+    macs = first["cost"]["macs"] / last["cost"]["macs"]
+    times = ", ".join(f"{1 / one['ratio']:.1f}x faster at {rows} rows" for rows, one in last["latency"].items())
+    share = "an undefined share" if kept is None else f"{100 * kept:.1f} %"
+    before, after = (value_text(report["metric"], one["quality"]["compressed"]) for one in (first, last))
+    return (
+        f"{last['name']} kept {share} of {report['metric']} ({before} became {after}), is {size:.1f}x smaller on "
+        f"disk, has {macs:.1f}x fewer multiply-accumulates, and is {times}."
+    )
+
+
+def notes(report: Report) -> list[str]:
+    """What else there is to know of a run, in sentences.
+
+    Args:
+        report (`dict`): Of a recipe's run.
+    """
+    found = []
+    if report["stopped_by"]:
+        found.append(f"Stopped at {report['stopped_by']['step']}: {report['stopped_by']['reason']}.")
+    for entry in models_of(report):
+        if names := entry.get("details", {}).get("kept_in_float"):
+            found.append(f"{entry['name']} left in floating point, besides the task head: {', '.join(names)}.")
+    last = next((entry for entry in models_of(report) if entry["folder"] == report["result"]), None)
+    if report["result"] and last is not None:
+        needs = "loads after `import hf_compress`" if last["needs_hf_compress"] else "is a stock checkpoint"
+        found.append(f"The result is in {report['result']}, and {needs}.")
+    return found
+
+
+def conditions(report: Report) -> str:
+    """Under which the figures were measured, in a sentence or two.
+
+    Args:
+        report (`dict`): Of a recipe's run.
+    """
+    one = models_of(report)[0]["latency_conditions"]
+    machine, versions = report["machine"], report["versions"]
+    named = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return (
+        f"Quality on {report['rows_measured_on']} rows of {report['split']}, trained on {report['rows_trained_on']}; "
+        "95 % intervals by a paired bootstrap over these rows. Times are medians, in turn with the first model, of "
+        f"batches of {one['sequence_length']} tokens, {machine['device']} ({machine['processor']}), "
+        f"{machine['threads']} threads; {named}. MACs per row. All figures are of the models saved and loaded again."
+    )
+
+
+def run_markdown(report: Report) -> str:
+    """The report as a page of Markdown.
+
+    Args:
+        report (`dict`): Of a recipe's run.
+    """
+    headings, *rows = run_table_rows(report)
+    lines = ["| " + " | ".join(row) + " |" for row in (headings, ("---",) * len(headings), *rows)]
+    parts = (f"# {title_of(report)}", summary(report), "\n".join(lines), *notes(report), conditions(report))
+    return "\n\n".join(parts) + "\n"
+
+
+def show_run(report: Report, folder: Path) -> None:
+    """Shows a run's table on the terminal, and where its pages are.
+
+    Args:
+        report (`dict`): Of a recipe's run.
+        folder (`Path`): The run's folder.
+    """
+    headings, *rows = run_table_rows(report)
+    show_table(headings, rows)
+    for text in (summary(report), *notes(report), conditions(report)):
+        show_text(text)
+    show_text(f"All figures: {folder / PAGE_FILE}, {folder / TEXT_FILE}, {folder / REPORT_FILE}")
