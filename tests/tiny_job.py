@@ -125,9 +125,10 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def students(run: Path) -> dict[str, dict[str, bytes]]:
-    """All files of the students in a run's folder."""
-    names = ("student", "student-alone")
-    return {name: files_of(run / name) for name in names if (run / name).exists()}
+    """All files of the students in a run's folder, but for their cards, which tell times."""
+    cards = ("README.md", "report.json")
+    found = {name: files_of(run / name) for name in ("student", "student-alone") if (run / name).exists()}
+    return {name: {f: content for f, content in files.items() if f not in cards} for name, files in found.items()}
 
 
 def quality(report: dict) -> list[dict]:

@@ -27,16 +27,16 @@ class Int8DynamicConfig:
         default=(), metadata={"help": "Modules that stay in floating point, besides the task head: names or patterns."}
     )
     embeddings: bool = field(default=False, metadata={"help": "Whether tables of embeddings are rounded too."})
-    embedding_bits: Literal[4, 8] = field(
-        default=8,
-        metadata={"help": "Bits of a rounded table's numbers: 8 with a scale per row, or 4 in groups of 32."},
-    )
     smooth: float | None = field(
         default=None,
         metadata={
             "help": "How far large input channels are made smaller, and their weights larger, 0 to 1 (SmoothQuant: "
             "0.5), measured on data; None: not at all."
         },
+    )
+    embedding_bits: Literal[4, 8] = field(
+        default=8,
+        metadata={"help": "Bits of a rounded table's numbers: 8 with a scale per row, or 4 in groups of 32."},
     )
 
     def __post_init__(self) -> None:
@@ -151,11 +151,11 @@ class FixedPointConfig:
         default=99.9, metadata={"help": "Share in percent that ranges='percentile' covers on each side, above 50."}
     )
     embeddings: bool = field(default=True, metadata={"help": "Whether tables of embeddings are rounded too."})
-    embedding_bits: int | None = field(
-        default=None, metadata={"help": "Bits of the tables' numbers, 2 to 16; None: as many as of all others."}
-    )
     exclude: tuple[str, ...] = field(
         default=(), metadata={"help": "Modules that stay in floating point, besides the task head: names or patterns."}
+    )
+    embedding_bits: int | None = field(
+        default=None, metadata={"help": "Bits of the tables' numbers, 2 to 16; None: as many as of all others."}
     )
 
     def __post_init__(self) -> None:

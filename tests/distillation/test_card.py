@@ -7,8 +7,8 @@ from huggingface_hub.utils import close_session
 from hf_compress.hub.card_page import TASKS
 from hf_compress.modeling.tasks import _CLASS_NAMES
 from tests.distillation.tiny import make_trainer
-from tests.hub_server import Hub
-from tests.test_card import SECTIONS, check, sections
+from tests.hub.hub_server import Hub
+from tests.hub.test_card import SECTIONS, check, sections
 
 
 def measure(predictions):

@@ -17,7 +17,7 @@ from hf_compress.distillation.arguments import DistillationArguments
 from hf_compress.jobs.job import DistillJob
 from tests.tiny_job import files_of, make_inputs, quality, students
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ from hf_compress.jobs.prune import prune_classifier
 from hf_compress.jobs.quantize import quantize_classifier
 from hf_compress.recipe.recipe import Recipe
 from hf_compress.recipe.steps import PushStep
-from tests.hub_server import metadata_errors
+from tests.hub.hub_server import metadata_errors
 from tests.tiny_job import files_of, make_inputs, tiny_arguments, tiny_job, tiny_tokenizer
 from tests.tiny_recipe import tiny_recipe
 

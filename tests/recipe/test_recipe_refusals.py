@@ -3,7 +3,7 @@
 import pytest
 
 from hf_compress.recipe.recipe import Recipe
-from tests.test_recipe import HEAD, read_steps
+from tests.recipe.test_recipe import HEAD, read_steps
 
 
 @pytest.mark.parametrize(

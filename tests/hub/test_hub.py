@@ -24,10 +24,10 @@ from hf_compress import Int8DynamicConfig, StructuredPruningConfig, prune, quant
 from hf_compress.cli.push import push
 from hf_compress.hub.card_page import PLACEHOLDER
 from hf_compress.hub.push import push_compressed
-from tests.hub_server import CUT, Fault, Hub
+from tests.hub.hub_server import CUT, Fault, Hub
 from tests.tiny_job import save_tiny_bert, tiny_tokenizer
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 TEXTS = ["a good film", "the plot was very dull and bad"]
 CARD = f"""---
 license: mit

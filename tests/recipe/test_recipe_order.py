@@ -25,7 +25,7 @@ from hf_compress.recipe.steps import (
 )
 from tests.quantization.test_reload import assert_same, reload
 from tests.quantization.wide import wide_model
-from tests.test_recipe import read_steps
+from tests.recipe.test_recipe import read_steps
 
 FINETUNE, STUDENT, DISTIL, RECOVER = FinetuneStep(), StudentStep(num_layers=1), DistilStep(), RecoverStep()
 PRUNE, SPARSIFY, VOCABULARY, EVALUATE = PruneStep(), SparsifyStep(), VocabularyStep(), EvaluateStep()

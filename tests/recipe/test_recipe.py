@@ -27,7 +27,7 @@ from hf_compress.recipe.steps import (
 )
 from hf_compress.recipe.yaml_text import as_written, plain, read_yaml, write_yaml
 
-FILES = sorted((Path(__file__).parent.parent / "scripts" / "recipes").glob("*.yaml"))
+FILES = sorted((Path(__file__).parent.parent.parent / "scripts" / "recipes").glob("*.yaml"))
 HEAD = "model: m\ndata:\n  dataset: d\n"
 ANY = {"model": "m", "dataset": "d"}
 # One of each kind, with every kind of setting.
@@ -75,7 +75,8 @@ def test_there_are_ready_recipes():
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_ready_recipes_come_back(file):
     recipe = Recipe.from_yaml(file, **ANY)
-    assert recipe.to_yaml() == HEAD + without_comments(file)
+    # HEAD ends with what names the data, and a file may go on with how much of them.
+    assert recipe.to_yaml() == HEAD + without_comments(file).removeprefix("data:\n")
     assert file.read_text().startswith("# ")
     assert f"hf-compress run scripts/recipes/{file.name} --model" in file.read_text()
     with pytest.raises(ValueError, match=rf"{file.name} does not say which model: .* --model NAME"):

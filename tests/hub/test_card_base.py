@@ -5,8 +5,8 @@ from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 
 from hf_compress.hub.card_base import Base, hub_name, is_local, read_base, shown_name, without_paths
-from tests.hub_server import Blob, Hub, Repository
-from tests.test_card import BASE_CARD
+from tests.hub.hub_server import Blob, Hub, Repository
+from tests.hub.test_card import BASE_CARD
 
 
 @pytest.mark.parametrize(
