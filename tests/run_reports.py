@@ -84,7 +84,7 @@ def example_report(**changes: Any) -> dict[str, Any]:
     dense = {f"encoder.{i}": {"self": 12, "ffn": 1536} for i in range(6)}
     pruned = {f"encoder.{i}": {"self": 6 - i, "ffn": 320 - 50 * i} for i in range(6)}
     modules = {f"bert.encoder.layer.{i}.output.dense": {"weights": 40.0 + i, "outputs": 38.0 - i} for i in range(6)}
-    zeros = {f"bert.encoder.layer.{i}.output.dense": {"zeros": 0.5, "error": 0.01} for i in range(6)}
+    zeros = {f"bert.encoder.layer.{i}.output.dense": {"sparsity": 0.5, "output_error": 0.01} for i in range(6)}
     steps = [
         entry("01-finetune", 0.92, 90.87, 1.0, details={"losses": losses}),
         entry("02-vocabulary", 0.918, 54.7, 1.0, details={"tokens": {"before": 30522, "after": 7000}}),

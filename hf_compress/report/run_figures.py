@@ -266,7 +266,7 @@ def _bars_of(names: list[str], full: list[float], kept: list[float]) -> Callable
 def _draw_sparsity(report: Report) -> list[Figure]:
     figures = []
     for entry, layers in _details(report, "sparsity"):
-        shares = {name: 100 * one["zeros"] for name, one in layers.items()}
+        shares = {name: 100 * one["sparsity"] for name, one in layers.items()}
         title = f"Weights that are 0 after {entry['name']}"
         meaning = f"{title}, in percent by layer: {_range_of(shares)}."
         figures.append(_columns(title, meaning, shares, "%"))

@@ -65,7 +65,7 @@ def test_files_of_a_run(run):
     }
     for student in ("student", "student-alone"):
         suffixes = {name.rsplit(".", 1)[-1] for name in files_of(folder / student)}
-        assert suffixes <= {"json", "safetensors", "txt"}
+        assert suffixes <= {"json", "md", "safetensors", "txt"}
     assert json.loads((folder / "report.json").read_text()) == report
 
 
