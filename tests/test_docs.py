@@ -1,13 +1,12 @@
 """The pages of docs/: their Python runs, their commands and recipes are parsed, their links and tables are right.
 
-`python tests/test_docs.py` writes the tables of fields anew.
+`python -m tests.test_docs` writes the tables of fields anew.
 """
 
 import dataclasses
 import json
 import re
 import shlex
-import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,22 +16,19 @@ import pytest
 import yaml
 from typer.main import get_command
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+import hf_compress
+from hf_compress.cli import main as cli
+from hf_compress.cli.run import RunJob
+from hf_compress.distillation.arguments import DistillationArguments, StageConfig, TermConfig
+from hf_compress.distillation.augmentation import AugmentationConfig
+from hf_compress.evaluation.retention import METRICS
+from hf_compress.modeling.layouts import LAYOUTS
+from hf_compress.recipe.format_options import FORMATS
+from hf_compress.recipe.recipe import Recipe
+from hf_compress.recipe.steps import STEPS, DataConfig, MeasureConfig, TrainingStep
+from tests.tiny_job import save_tiny_bert, tiny_texts, write_rows
 
-import hf_compress  # noqa: E402
-from hf_compress.cli import main as cli  # noqa: E402
-from hf_compress.cli.run import RunJob  # noqa: E402
-from hf_compress.distillation.arguments import DistillationArguments, StageConfig, TermConfig  # noqa: E402
-from hf_compress.distillation.augmentation import AugmentationConfig  # noqa: E402
-from hf_compress.evaluation.retention import METRICS  # noqa: E402
-from hf_compress.modeling.layouts import LAYOUTS  # noqa: E402
-from hf_compress.recipe.format_options import FORMATS  # noqa: E402
-from hf_compress.recipe.recipe import Recipe  # noqa: E402
-from hf_compress.recipe.steps import STEPS, DataConfig, MeasureConfig, TrainingStep  # noqa: E402
-from tests.tiny_job import save_tiny_bert, tiny_texts, write_rows  # noqa: E402
-
-DOCS = ROOT / "docs"
+DOCS = Path(__file__).parent.parent / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 BLOCK = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 TABLE = re.compile(r"(<!-- fields: ([\w-]+) -->\n)(.*?)(<!-- end of fields -->)", re.DOTALL)
@@ -258,7 +254,7 @@ def test_index_names_the_page(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_tables_are_those_of_the_code(page):
     text = page.read_text()
-    assert with_tables(text) == text, "a field, a default or a help has changed: run python tests/test_docs.py"
+    assert with_tables(text) == text, "a field, a default or a help has changed: run python -m tests.test_docs"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
