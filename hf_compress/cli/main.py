@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="hf-compress",
     help="Distil, prune and quantize fine-tuned Transformers models, and measure what was kept.\n\n"
-    "`hf-compress COMMAND --help` shows the options of a command, with examples. Exit codes: 0 done, 1 an error, "
-    "2 a word that is not understood, 3 less was kept than was asked for.",
+    "`hf-compress COMMAND --help` shows the options of a command, with examples. Exit codes: 0 done, 1 or 2 an "
+    "error, 3 less was kept than was asked for.",
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,

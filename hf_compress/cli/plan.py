@@ -107,7 +107,8 @@ def _choose(job: PlanJob, found: "Sensitivity", proposals: "list[Proposal]") -> 
 def _show(console: Console, found: "Sensitivity", proposals: "list[Proposal]") -> None:
     pruned = ", ".join(f"{100 * budget:g} %: {100 * kept:.1f}" for budget, kept in found.pruned.items())
     rounded = ", ".join(f"{name}: {100 * kept:.1f}" for name, kept in found.rounded.items())
-    console.print(f"Kept on {found.rows} held-out rows, in percent of the metric, without training:")
+    where = "held-out rows" if found.held_out else "rows of train, which the model may know"
+    console.print(f"Kept on {found.rows} {where}, in percent of the metric, without training:")
     console.print(f"  pruned to a share of the multiply-accumulates: {pruned}")
     console.print(f"  rounded: {rounded}")
     console.print(f"  {100 * found.tokens:.0f} % of the tokens are used by the texts.")
@@ -141,4 +142,5 @@ def _plain(found: "Sensitivity") -> dict[str, Any]:
         "pruned": {str(budget): kept for budget, kept in found.pruned.items()},
         "rounded": found.rounded,
         "rows": found.rows,
+        "held_out": found.held_out,
     }

@@ -44,6 +44,7 @@ class Sensitivity:
         pruned (`dict[float, float]`): Share of the metric that is kept, by budget, without a training.
         rounded (`dict[str, float]`): The same by format, `FORMATS`.
         rows (`int`): Rows that it was measured on.
+        held_out (`bool`): Whether these are held out, and none that the model may have learned from.
     """
 
     size: Size
@@ -51,6 +52,7 @@ class Sensitivity:
     pruned: dict[float, float]
     rounded: dict[str, float]
     rows: int
+    held_out: bool = True
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,9 @@ def measure_sensitivity(
     for name, step in tqdm(FORMATS.items(), desc="Rounding"):
         rounded[name] = score(quantize(model, step.config()), tokenizer, data, rows) / whole
     _, smaller = prune_vocabulary(model, tokenizer, data.texts)
-    return Sensitivity(size_of(model), len(smaller) / len(tokenizer), pruned, rounded, len(rows))
+    return Sensitivity(
+        size_of(model), len(smaller) / len(tokenizer), pruned, rounded, len(rows), data.held_out is not None
+    )
 
 
 def _possible(model: "PreTrainedModel", batches: list) -> list[float]:
