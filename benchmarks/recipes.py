@@ -6,8 +6,8 @@ Runs `scripts/recipes/NAME.yaml`, unchanged, on all-MiniLM-L6-v2 (the package gt
 as `hf-compress run` does, and prints what the results kept, mean and standard deviation over seeds. A seed decides the
 new head, the order of the rows, the rows that are drawn, the noise and the calibration texts. Recipes whose first step
 is the same share it: it is made once for each data set and seed. Everything is measured on the saved and reloaded
-models, on rows that nothing was chosen on; `model_cards/` gets the cards of the first seed. A stopped benchmark continues with the same command; without any task it
-writes the report of what there is.
+models, on rows that nothing was chosen on. `model_cards/` gets the cards of the first seed. A stopped benchmark
+continues with the same command; without any task it writes the report of what there is.
 """
 
 import argparse
