@@ -1,10 +1,13 @@
 """How large the models of a recipe will be, before anything is done."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from hf_compress.distillation.student import make_student
-from hf_compress.modeling.blocks import find_blocks, token_embeddings
+from hf_compress.modeling.blocks import find_blocks, task_head_names, token_embeddings
 from hf_compress.pruning.vocabulary import prune_vocabulary
 from hf_compress.recipe.steps import PruneStep, QuantizeStep, SparsifyStep, StudentStep, VocabularyStep
 
@@ -26,16 +29,20 @@ class Size:
     Attributes:
         blocks (`float`): Weights inside the blocks.
         embeddings (`float`): Weights of the token embeddings.
-        rest (`float`): All others.
+        rest (`float`): All others, which no format rounds.
+        tables (`float`): Weights of other embeddings, such as those of positions.
+        projections (`float`): Weights of projections outside the blocks and the task head, such as a pooler's.
         macs (`float`): Multiply-accumulates of the blocks, as a share of the first model's.
-        block_bits (`float`): Bits of a weight inside the blocks.
-        embedding_bits (`float`): Of the token embeddings.
+        block_bits (`float`): Bits of a projection's weight.
+        embedding_bits (`float`): Of an embedding's.
         rest_bits (`float`): Of all others.
     """
 
     blocks: float
     embeddings: float
     rest: float
+    tables: float = 0.0
+    projections: float = 0.0
     macs: float = 1.0
     block_bits: float = 32.0
     embedding_bits: float = 32.0
@@ -44,8 +51,9 @@ class Size:
     @property
     def megabytes(self) -> float:
         """Megabytes on disk."""
-        parts = ((self.blocks, self.block_bits), (self.embeddings, self.embedding_bits), (self.rest, self.rest_bits))
-        return sum(weights * bits / 8 for weights, bits in parts) / 1e6
+        bits = (self.blocks + self.projections) * self.block_bits
+        bits += (self.embeddings + self.tables) * self.embedding_bits + self.rest * self.rest_bits
+        return bits / 8 / 1e6
 
 
 def size_of(model: "PreTrainedModel") -> Size:
@@ -54,11 +62,19 @@ def size_of(model: "PreTrainedModel") -> Size:
     Args:
         model (`PreTrainedModel`): The model.
     """
-    blocks = {id(weight): weight.numel() for block in find_blocks(model) for weight in block.module.parameters()}
-    tables = {id(table.weight): table.weight.numel() for table in token_embeddings(model)}
     everything = {id(weight): weight.numel() for weight in model.parameters()}
-    in_blocks, in_tables = sum(blocks.values()), sum(tables.values())
-    return Size(in_blocks, in_tables, sum(everything.values()) - in_blocks - in_tables)
+    heads = tuple(f"{name}." for name in task_head_names(model))
+    others = [module for name, module in model.named_modules() if not f"{name}.".startswith(heads)]
+
+    def take(weights: Iterable[Any]) -> int:
+        """How many there are of those that were not counted before."""
+        return sum(everything.pop(id(weight), 0) for weight in weights)
+
+    blocks = take(weight for block in find_blocks(model) for weight in block.module.parameters())
+    tokens = take(table.weight for table in token_embeddings(model))
+    tables = take(module.weight for module in others if isinstance(module, nn.Embedding))
+    projections = take(module.weight for module in others if isinstance(module, nn.Linear))
+    return Size(blocks, tokens, sum(everything.values()), tables, projections)
 
 
 def after(size: Size, step: Any) -> Size:
