@@ -65,7 +65,7 @@ def main() -> None:
         whole, _ = finish(context, folder, folder / "unbroken")
         expected = left_behind(folder / "unbroken")
         for number in range(options.trials):
-            output, moment = folder / f"trial-{number}", draw.uniform(0.05, 0.95) * whole
+            output, moment = folder / f"trial-{number}", draw.uniform(0.05, 0.85) * whole
             _, was_killed = finish(context, folder, output, moment)
             found = sorted(path.name for path in output.glob("*")) if output.exists() else []
             finish(context, folder, output)

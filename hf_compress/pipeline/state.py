@@ -141,7 +141,7 @@ def open_output(recipe: "Recipe", output: Path, overwrite: bool) -> None:
     if output.exists() and not output.is_dir():
         raise ValueError(f"The output folder {output} is a file: give a new or an empty folder.")
     stored = _read_run(output / RUN_FILE)
-    names = [place.name for place in places_of(recipe, output)]
+    names = [MODEL, *(place.name for place in places_of(recipe, output))]
     if stored is None and output.exists() and any(path.name != RUN_FILE + PARTIAL for path in output.iterdir()):
         raise ValueError(
             f"The output folder {output} holds files that are not of a run of a recipe, so nothing is written there "
