@@ -346,8 +346,16 @@ def _draw_bytes(report: Report) -> list[Figure]:
 
 
 def _draw_seconds(report: Report) -> list[Figure]:
-    found = {entry["name"]: entry.get("parts", {}).get("seconds") or {} for entry in models_of(report)}
-    return _stacked("Where the time goes", found, 1e3, "ms per batch")
+    found = {entry["name"]: _shares_of_time(entry) for entry in models_of(report)}
+    return _stacked("Where the time goes", found, 100, "% of the first model's time")
+
+
+def _shares_of_time(entry: Entry) -> dict[str, float]:
+    """The time of each part, in that of the whole first model: steps were measured at other moments."""
+    seconds = entry.get("parts", {}).get("seconds") or {}
+    largest = max(entry["latency"], key=int)
+    scale = entry["latency"][largest]["ratio"] / sum(seconds.values()) if seconds else 0.0
+    return {part: scale * value for part, value in seconds.items()}
 
 
 def _stacked(title: str, found: Mapping[str, Mapping[str, float]], scale: float, unit: str) -> list[Figure]:

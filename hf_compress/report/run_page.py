@@ -121,13 +121,14 @@ def _retention(quality: Mapping[str, Any]) -> str:
 
 
 def title_of(report: Report) -> str:
-    """What a run is called: its steps and its model.
+    """What a run is called: its model, its data and its steps.
 
     Args:
         report (`dict`): Of a recipe's run.
     """
     steps = " > ".join(entry["step"] for entry in report["steps"] if entry["step"] != "model")
-    return f"{Path(report['recipe']['model']).name}: {steps}"
+    data = Path(report["recipe"]["data"]["dataset"]).name
+    return f"{Path(report['recipe']['model']).name} on {data}: {steps}"
 
 
 def summary(report: Report) -> str:

@@ -142,4 +142,4 @@ def test_report_json_is_written_last(tmp_path, monkeypatch):
 def test_a_model_alone_has_a_title():
     report = example_report()
     report["steps"] = [entry("00-model", 0.92, 90.0, 1.0), *report["steps"][2:3]]
-    assert title_of(report) == "my-model: prune"
+    assert title_of(report) == "my-model on my-data: prune"
