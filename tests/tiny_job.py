@@ -124,11 +124,14 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+def model_files(folder: Path) -> dict[str, bytes]:
+    """Every file of a saved model, but for its card, which tells times."""
+    return {name: content for name, content in files_of(folder).items() if name not in ("README.md", "report.json")}
+
+
 def students(run: Path) -> dict[str, dict[str, bytes]]:
-    """All files of the students in a run's folder, but for their cards, which tell times."""
-    cards = ("README.md", "report.json")
-    found = {name: files_of(run / name) for name in ("student", "student-alone") if (run / name).exists()}
-    return {name: {f: content for f, content in files.items() if f not in cards} for name, files in found.items()}
+    """The files of the students in a run's folder."""
+    return {name: model_files(run / name) for name in ("student", "student-alone") if (run / name).exists()}
 
 
 def quality(report: dict) -> list[dict]:

@@ -19,7 +19,7 @@ from hf_compress.jobs.job import PruneJob
 from hf_compress.jobs.material import CALIBRATION_BATCH
 from hf_compress.jobs.prune import prepare, prune_classifier
 from hf_compress.report.report import markdown
-from tests.tiny_job import files_of, make_inputs, quality, tiny_texts, write_rows
+from tests.tiny_job import files_of, make_inputs, model_files, quality, tiny_texts, write_rows
 
 MODEL = {"intermediate_size": 64}
 
@@ -57,7 +57,7 @@ def logits(folder, texts):
 def test_files_of_a_run(run):
     folder, report = run
     assert {path.name for path in folder.iterdir()} == {"run.json", "report.json", "report.md", "pruned", "widths.png"}
-    assert {name.rsplit(".", 1)[-1] for name in files_of(folder / "pruned")} <= {"json", "safetensors", "txt"}
+    assert {name.rsplit(".", 1)[-1] for name in files_of(folder / "pruned")} <= {"json", "md", "safetensors", "txt"}
     assert json.loads((folder / "report.json").read_text()) == report
 
 
@@ -184,7 +184,7 @@ def test_labels_of_the_texts_are_not_looked_at(run, inputs, tmp_path):
     write_rows(tmp_path / "data" / "test.csv", tiny_texts(16, seed=2))
     job = prune_job(inputs, tmp_path / "run", dataset=str(tmp_path / "data"))
     report = prune_classifier(job, hc.StructuredPruningConfig())
-    assert files_of(tmp_path / "run" / "pruned") == files_of(run[0] / "pruned")
+    assert model_files(tmp_path / "run" / "pruned") == model_files(run[0] / "pruned")
     assert quality(report) == quality(run[1])
     again = prune_job(inputs, tmp_path / "labels", dataset=str(tmp_path / "data"))
     with pytest.raises(ValueError, match="'train' has no column 'label'"):
@@ -193,7 +193,7 @@ def test_labels_of_the_texts_are_not_looked_at(run, inputs, tmp_path):
 
 def test_labels_are_used_where_asked_for(run, inputs, tmp_path):
     prune_classifier(prune_job(inputs, tmp_path / "run"), hc.StructuredPruningConfig(use_labels=True))
-    assert files_of(tmp_path / "run" / "pruned") != files_of(run[0] / "pruned")
+    assert model_files(tmp_path / "run" / "pruned") != model_files(run[0] / "pruned")
 
 
 def test_dtype_of_the_checkpoint_stays(tmp_path):
@@ -223,7 +223,7 @@ def test_several_budgets_from_one_calibration(run, inputs, tmp_path, monkeypatch
     prune_classifier(prune_job(inputs, tmp_path / "run", budgets=[0.8, 0.5]), hc.StructuredPruningConfig())
     # The others only ask whether the budgets can be met.
     assert calls.count("obs") == 1
-    assert files_of(tmp_path / "run" / "pruned-0.5") == files_of(run[0] / "pruned")
+    assert model_files(tmp_path / "run" / "pruned-0.5") == model_files(run[0] / "pruned")
     names = {"run.json", "report.json", "report.md", "pruned-0.8", "pruned-0.5", "widths-0.8.png", "widths-0.5.png"}
     assert {path.name for path in (tmp_path / "run").iterdir()} == names
 
@@ -242,7 +242,7 @@ def test_run_stopped_at_its_second_budget(run, inputs, tmp_path, monkeypatch):
     place = (tmp_path / "run" / "pruned-0.8").stat()
     prune_classifier(job, config)
     assert (tmp_path / "run" / "pruned-0.8").stat().st_ino == place.st_ino
-    assert files_of(tmp_path / "run" / "pruned-0.5") == files_of(run[0] / "pruned")
+    assert model_files(tmp_path / "run" / "pruned-0.5") == model_files(run[0] / "pruned")
 
 
 def test_run_stopped_while_measuring_prunes_nothing_again(run, inputs, tmp_path, monkeypatch):

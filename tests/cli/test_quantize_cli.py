@@ -19,7 +19,7 @@ from hf_compress.jobs.quantize import prepare, quantize_classifier
 from hf_compress.quantization.noise import measure_noise
 from hf_compress.recipe.format_options import needs_texts
 from hf_compress.report.report import markdown
-from tests.tiny_job import files_of, make_inputs, quality, tiny_texts, write_data, write_rows
+from tests.tiny_job import files_of, make_inputs, model_files, quality, tiny_texts, write_data, write_rows
 
 MODEL = {"hidden_size": 64, "intermediate_size": 128, "layers": 2}
 CONFIGS = {
@@ -60,7 +60,7 @@ def test_files_of_a_run(run):
     files = {"run.json", "report.json", "report.md", "formats.png", "noise.png"}
     assert {path.name for path in folder.iterdir()} == files | set(CONFIGS)
     for name in CONFIGS:
-        assert {file.rsplit(".", 1)[-1] for file in files_of(folder / name)} <= {"json", "safetensors", "txt"}
+        assert {file.rsplit(".", 1)[-1] for file in files_of(folder / name)} <= {"json", "md", "safetensors", "txt"}
     assert json.loads((folder / "report.json").read_text()) == report
 
 
@@ -317,7 +317,7 @@ def test_run_stopped_at_its_second_format(run, inputs, tmp_path, monkeypatch):
     assert quality(quantize_classifier(job, CONFIGS)) == quality(run[1])
     assert (tmp_path / "run" / "int8").stat().st_ino == place.st_ino
     for name in CONFIGS:
-        assert files_of(tmp_path / "run" / name) == files_of(run[0] / name)
+        assert model_files(tmp_path / "run" / name) == model_files(run[0] / name)
 
 
 def test_finished_runs_are_replaced_only_when_asked(run, inputs):

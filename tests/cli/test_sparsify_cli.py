@@ -19,7 +19,7 @@ from hf_compress.pruning.unstructured import measure_sparsity
 from hf_compress.pruning.unstructured_config import UnstructuredPruningConfig
 from hf_compress.pruning.weight_layers import find_layers
 from hf_compress.report.report import markdown
-from tests.tiny_job import files_of, make_inputs, quality, tiny_texts, write_rows
+from tests.tiny_job import files_of, make_inputs, model_files, quality, tiny_texts, write_rows
 
 MODEL = {"intermediate_size": 64}
 
@@ -60,7 +60,7 @@ def test_files_of_a_run(run):
     folder, report = run
     names = {"run.json", "report.json", "report.md", "pruned", "sparsity.png"}
     assert {path.name for path in folder.iterdir()} == names
-    assert {name.rsplit(".", 1)[-1] for name in files_of(folder / "pruned")} <= {"json", "safetensors", "txt"}
+    assert {name.rsplit(".", 1)[-1] for name in files_of(folder / "pruned")} <= {"json", "md", "safetensors", "txt"}
     assert json.loads((folder / "report.json").read_text()) == report
 
 
@@ -171,7 +171,7 @@ def test_labels_of_the_texts_are_not_looked_at(run, inputs, tmp_path):
     write_rows(tmp_path / "data" / "test.csv", tiny_texts(16, seed=2))
     job = sparsify_job(inputs, tmp_path / "run", dataset=str(tmp_path / "data"))
     report = prune_classifier(job, UnstructuredPruningConfig())
-    assert files_of(tmp_path / "run" / "pruned") == files_of(run[0] / "pruned")
+    assert model_files(tmp_path / "run" / "pruned") == model_files(run[0] / "pruned")
     assert quality(report) == quality(run[1])
 
 
@@ -201,7 +201,7 @@ def test_run_stopped_at_its_second_sparsity(inputs, tmp_path, monkeypatch, value
     unbroken = sparsify_job(inputs, tmp_path / "unbroken", sparsities=[0.5, 0.75])
     prune_classifier(unbroken, config)
     for name in ("pruned-0.5", "pruned-0.75"):
-        assert files_of(tmp_path / "run" / name) == files_of(tmp_path / "unbroken" / name)
+        assert model_files(tmp_path / "run" / name) == model_files(tmp_path / "unbroken" / name)
 
 
 def test_one_kind_replaces_the_other_only_when_asked(inputs, tmp_path):
