@@ -245,7 +245,7 @@ def test_the_command(inputs, tmp_path, monkeypatch):
     page = run(*words, "--teacher", inputs / "teacher").stdout
     assert re.search(r"kept +\d+\.\d %", page)
     assert re.search(r"batch +ms +95th % +teacher ms +faster", page)
-    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr("rich.console.Console.is_terminal", True)
     assert RULES.search(run(*words).stdout)
 
 

@@ -349,7 +349,7 @@ def test_a_pipe_gets_plain_lines_and_json_alone(tmp_path, monkeypatch):
     assert not RULES.search(done.stdout)
     assert all(line == line.rstrip() for line in done.stdout.splitlines())
     assert json.loads(run(folder, "--json").stdout) == inspect(folder)
-    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr("rich.console.Console.is_terminal", True)
     assert RULES.search(run(folder).stdout)
     assert json.loads(run(folder, "--json").stdout) == inspect(folder)
 
