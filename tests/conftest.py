@@ -1,5 +1,6 @@
 """Tests run offline on a CPU; what they need, they build."""
 
+import logging
 import os
 
 import pytest
@@ -10,9 +11,19 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
+LEVELS = {name: logging.getLogger(name).level for name in (None, "hf_compress", "bitsandbytes")}
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was():
+    """The command line sets what its process logs; a test is not to depend on those before it."""
+    for name, level in LEVELS.items():
+        logging.getLogger(name).setLevel(level)
+
+
 @pytest.fixture
 def quiet_surroundings(tmp_path, monkeypatch):
-    """The command line sets what its process logs and shows; here, that is put back."""
+    """The command line sets what its process shows; here, that is put back."""
     from transformers.utils import logging
 
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import transformers
 
 import hf_compress
 from hf_compress.cli.main import DISTILL_DEFAULTS, main
@@ -20,15 +19,7 @@ from tests.tiny_job import files_of, make_inputs, quality, students
 ROOT = Path(__file__).parent.parent.parent
 
 
-@pytest.fixture(autouse=True)
-def _quiet_surroundings(tmp_path, monkeypatch):
-    """The command line sets what its process logs and shows; here, that is put back."""
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setenv("COLUMNS", "200")
-    verbosity = transformers.utils.logging.get_verbosity()
-    yield
-    transformers.utils.logging.set_verbosity(verbosity)
-    transformers.utils.logging.enable_progress_bar()
+pytestmark = pytest.mark.usefixtures("quiet_surroundings")
 
 
 @pytest.fixture(scope="module")

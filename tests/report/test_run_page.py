@@ -3,14 +3,42 @@
 import copy
 import json
 import re
+from html import unescape
 from xml.etree import ElementTree
 
 import pytest
 
 from hf_compress.cli.main import main
-from hf_compress.report.run_figures import models_of, run_figures
-from hf_compress.report.run_page import run_markdown, run_page, run_table_rows, summary, title_of, write_run_report
+from hf_compress.report.run_figures import draw_run
+from hf_compress.report.run_page import (
+    compared_rows,
+    run_markdown,
+    run_page,
+    run_table_rows,
+    summary,
+    title_of,
+    write_run_report,
+)
+from hf_compress.report.tradeoff import Point, draw_tradeoffs, mark_best, models_of
 from tests.run_reports import entry, example_report
+
+
+def figures_of(reports):
+    return [*draw_tradeoffs(reports), *(figure for report in reports.values() for figure in draw_run(report))]
+
+
+def short(report):
+    """The same run without what happened between its first and last model, and inside of them."""
+    steps = [
+        {name: value for name, value in one.items() if name not in ("details", "parts")} for one in models_of(report)
+    ]
+    return report | {"steps": [steps[0], steps[-1]]}
+
+
+def texts_of(figure):
+    """What can be read in a figure, apart from its title and description."""
+    root = ElementTree.fromstring(figure.svg("f"))
+    return [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
 
 
 def test_every_number_of_the_table_is_the_reports():
@@ -44,18 +72,53 @@ def test_the_same_rows_are_on_the_page_and_in_the_text():
 
 
 def test_figures_are_well_formed_and_said_in_words():
-    figures = run_figures({"run": example_report()})
+    figures = figures_of({"run": example_report()})
     titles = " ".join(figure.title for figure in figures)
     for word in ("size", "time", "heads", "neurons", "0 after", "Signal-to-noise", "Losses", "Bytes", "time goes"):
         assert word in titles
     for figure in figures:
-        root = ElementTree.fromstring(figure.svg)
+        svg = figure.svg("f1")
+        root = ElementTree.fromstring(svg)
         assert root.get("role") == "img"
-        assert root.get("aria-label") == figure.meaning
+        texts = {element.get("id"): element.text for element in root if element.tag.endswith(("title", "desc"))}
+        assert [texts[name] for name in root.get("aria-labelledby").split()] == [figure.title, figure.meaning]
         assert re.search(r"\d", figure.meaning)
-        assert not re.search(r"#0[0-3a]0[0-3a]", figure.svg), "a colour that does not follow the page"
-    ids = [identifier for figure in figures for identifier in re.findall(r'id="([^"]+)"', figure.svg)]
-    assert len(ids) == len(set(ids))
+        assert not re.search(r"(?<=: )#", svg), "a colour that does not follow the page"
+        # A telephone is a little wider than this, so a text is no smaller there than it is here.
+        assert float(root.get("viewBox").split()[2]) == pytest.approx(288)
+        sizes = [float(size) for size in re.findall(r"font-size: ([\d.]+)px", svg)]
+        assert sizes
+        assert min(sizes) >= 8.5
+
+
+def test_the_figures_say_every_models_numbers():
+    report = example_report()
+    size = draw_tradeoffs({"run": report})[0].meaning
+    for one in models_of(report):
+        quality = one["quality"]
+        assert f"{one['name']} {100 * quality['compressed']:.4g}" in size
+        if one["name"] != report["reference"]:
+            low, high = (100 * (quality["teacher"] + x) for x in quality["difference_interval"])
+            assert f"[{low:.4g}, {high:.4g}] at {one['cost']['bytes_on_disk'] / 1e6:.3g}" in size
+    by_title = {figure.title: figure for figure in draw_run(report)}
+    heads = by_title["Self-attention heads that 03-prune kept"]
+    assert heads.meaning.endswith("21 of 72. By layer: 6, 5, 4, 3, 2, 1.")
+    noise = by_title["Signal-to-noise ratio of outputs after 06-quantize, dB"]
+    assert "from 33.0 (bert.encoder.layer.5.output.dense) to 38.0" in noise.meaning
+    assert {"output.dense", "38", "37", "36", "35", "34", "33"} <= set(texts_of(noise))
+    assert "54.7 (embeddings 10.9, attention 10.9" in by_title["Bytes by part of the model"].meaning
+    assert {"loss", "kd_loss"} <= set(texts_of(by_title["Losses while 04-recover was trained, by step"]))
+
+
+def test_the_front_is_of_models_that_none_beats():
+    def point(run, cost, quality):
+        return Point(run, f"{cost}", cost, quality, None)
+
+    points = [point(0, 1, 90), point(0, 2, 95), point(0, 2, 94), point(0, 3, 95), point(0, 4, 96), point(1, 5, 80)]
+    assert [one.is_best for one in mark_best(points, ["a", "b"])] == [True, True, False, False, True, True]
+    assert [one.is_best for one in mark_best(points, ["a", "a"])] == [True, True, False, False, True, False]
+    # None of two equal models beats the other.
+    assert all(one.is_best for one in mark_best([point(0, 1, 90), point(0, 1, 90)], ["a"]))
 
 
 def test_the_page_needs_nothing_from_elsewhere():
@@ -68,15 +131,35 @@ def test_the_page_needs_nothing_from_elsewhere():
     assert "prefers-color-scheme: dark" in page
     assert "width=device-width" in page
     assert page == run_page({"run": example_report()})
+    report = example_report(steps=example_report()["steps"][:3], result="03-prune")
+    both = run_page({"run": report, "same": report})
+    ids = re.findall(r' id="([^"]+)"', both)
+    assert ids
+    assert len(ids) == len(set(ids))
+    targets = re.findall(r'(?:href="|url\()#([^")]+)', both)
+    assert targets
+    assert set(targets) <= set(ids)
 
 
 def test_names_cannot_write_html():
     evil = "<script>alert('x')</script>"
     report = json.loads(json.dumps(example_report()).replace("03-prune", evil).replace("bert.encoder", evil))
     report["stopped_by"] = {"step": evil, "reason": evil}
-    page = run_page({evil: report, "other": example_report()})
+    page = run_page({evil: report, "other": short(example_report())})
     assert "<script" not in page
     assert "&lt;script" in page
+
+
+@pytest.mark.parametrize("name", ["_$\\frac{1$ a$b$", "a<b & 'c' \"d\" --> <!-- #010101", "x" * 300])
+def test_names_are_shown_as_they_are(name):
+    report = json.loads(json.dumps(example_report()).replace("bert.encoder", json.dumps(name)[1:-1]))
+    reports = {name: short(report), "other": short(report)}
+    headings = re.findall(r"<h2>([^<]*)</h2>", run_page(reports))
+    assert [unescape(heading) for heading in headings] == [name, "other"]
+    for figure in draw_run(report):
+        ElementTree.fromstring(figure.svg("f"))
+    shown = [text.strip() for text in texts_of(draw_tradeoffs(reports)[0])]
+    assert (name if len(name) < 45 else "x" * 20 + "..." + "x" * 22) in shown
 
 
 def test_what_is_missing_is_left_out():
@@ -84,34 +167,55 @@ def test_what_is_missing_is_left_out():
     for one in report["steps"]:
         one.pop("details", None)
         one.pop("parts", None)
-    figures = run_figures({"run": report})
+    figures = figures_of({"run": report})
     assert [figure.title.split(",")[0] for figure in figures] == ["Quality and size", *["Quality and time"] * 2]
     undefined = copy.deepcopy(example_report())
     quality = undefined["steps"][2]["quality"]
     quality |= {"retention": None, "retention_interval": [None, None], "difference_interval": [None, None]}
     assert run_table_rows(undefined)[3][2] == "-"
     assert "03-prune" in run_page({"run": undefined})
+    # Without an interval none is drawn, instead of one that reaches to the teacher.
+    assert "03-prune 89 at 20.6;" in draw_tradeoffs({"run": undefined})[0].meaning
+    for one in models_of(undefined):
+        one["quality"] |= {"compressed": None, "retention": None, "retention_interval": [None, None]}
+    assert "accuracy, % is undefined for every model" in run_page({"run": undefined})
+
+
+def test_what_json_does_not_know_is_null(tmp_path):
+    losses = [{"step": 1.0, "loss": 2.0}, {"step": 2.0, "loss": float("nan")}, {"step": 3.0, "loss": 1.0}]
+    report = example_report(steps=[entry("01-finetune", 0.92, 90.87, 1.0, details={"losses": losses})])
+    report["result"] = "01-finetune"
+    write_run_report(report, tmp_path)
+    read = json.loads((tmp_path / "report.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert [one["loss"] for one in read["steps"][0]["details"]["losses"]] == [2.0, None, 1.0]
+    page = (tmp_path / "report.html").read_text()
+    assert "loss from 2 to 1" in page
+    assert run_page({title_of(read): read}) == page
 
 
 def test_a_stopped_run_says_so():
     stopped = {"step": "07-evaluate", "reason": "06-quantize kept 0.9 of accuracy, and min_retention is 0.95"}
     report = example_report(stopped_by=stopped, result="04-recover")
     assert "Stopped at 07-evaluate: 06-quantize kept 0.9" in run_markdown(report)
+    assert "<p>Stopped at 07-evaluate: 06-quantize kept 0.9" in run_page({"run": short(report) | {"result": None}})
     assert "04-recover kept" in summary(report)
     assert summary(example_report(result=None)) == "No model passed the gates of the recipe."
 
 
 def test_several_runs_on_one_page(tmp_path, capsys):
     reports = {
-        "first": example_report(),
+        "first": short(example_report()),
         "second": example_report(steps=[*example_report()["steps"][:3]], result="03-prune"),
     }
     page = run_page(reports)
     assert "2 runs compared" in page
-    assert "second: 03-prune" in page
-    other = example_report(metric="f1")
-    with pytest.raises(ValueError, match="measured accuracy, f1, which cannot be compared"):
-        run_page({"first": example_report(), "second": other})
+    assert page.count("<h2>") == 2
+    headings, first, second = compared_rows(reports)
+    assert headings[:4] == ("run", "result", "quality", "retention % [95 %]")
+    assert first[:3] == ("first", "06-quantize", "91.4 % accuracy")
+    assert second[:3] == ("second", "03-prune", "89.0 % accuracy")
+    assert [row[-1] for row in (first, second)] == ["240", "360"]
+    assert compared_rows({"none": example_report(result=None)})[1] == ("none", "720")
     for name, report in reports.items():
         (tmp_path / name).mkdir()
         write_run_report(report, tmp_path / name)
@@ -127,12 +231,31 @@ def test_several_runs_on_one_page(tmp_path, capsys):
     assert "holds no report.json" in capsys.readouterr().err
 
 
-def test_report_json_is_written_last(tmp_path, monkeypatch):
-    report = example_report()
-    monkeypatch.setattr("hf_compress.report.run_page.json.dumps", lambda *args, **kwargs: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+def test_runs_of_other_rows_are_compared_by_what_they_kept():
+    first = short(example_report())
+    same = first | {"recipe": first["recipe"] | {"seed": 1}}
+    size = draw_tradeoffs({"first": first, "same": same})[0]
+    assert "accuracy, %" in texts_of(size)
+    assert "first 06-quantize 91.4 [90.4, 92.4] at 5.3" in size.meaning
+    for difference in ({"metric": "f1"}, {"rows_measured_on": 100}, {"split": "test"}):
+        size = draw_tradeoffs({"first": first, "other": first | difference})[0]
+        assert "kept of the first model's quality, %" in texts_of(size)
+        assert "other 06-quantize 99.35 [98.35, 100.3] at 5.3" in size.meaning
+
+
+def test_a_worse_model_is_called_worse():
+    report = example_report(steps=[entry("01-finetune", 0.92, 50.0, 1.0), entry("02-prune", 0.9, 100.0, 2.0)])
+    report["result"] = "02-prune"
+    worse = "is 2.0x larger on disk, has 2.0x more multiply-accumulates, and is 2.0x slower at 8 rows"
+    assert worse in summary(report)
+
+
+def test_report_json_is_written_last(tmp_path):
+    report = short(example_report())
+    (tmp_path / "report.html").mkdir()
+    with pytest.raises(OSError, match="report.html"):
         write_run_report(report, tmp_path)
-    monkeypatch.undo()
+    (tmp_path / "report.html").rmdir()
     assert not (tmp_path / "report.json").exists()
     write_run_report(report, tmp_path)
     assert json.loads((tmp_path / "report.json").read_text()) == report
