@@ -1,14 +1,18 @@
 """The report of a recipe's run: report.json, report.md, and report.html, a page that needs nothing but itself."""
 
 import json
+import math
+import re
 from collections.abc import Mapping
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
-from hf_compress.report.run_figures import models_of, run_figures
+from hf_compress.report.run_figures import draw_run
 from hf_compress.report.tables import show_table, show_text
+from hf_compress.report.tradeoff import draw_tradeoffs, models_of
 from hf_compress.report.words import is_share
 
 Report = dict[str, Any]
@@ -25,10 +29,20 @@ def write_run_report(report: Report, folder: Path) -> None:
         folder (`Path`): The run's folder.
     """
     texts = {TEXT_FILE: run_markdown(report), PAGE_FILE: run_page({title_of(report): report})}
-    for name, text in (texts | {REPORT_FILE: json.dumps(report, indent=2) + "\n"}).items():
+    texts[REPORT_FILE] = json.dumps(_plain(report), indent=2, allow_nan=False) + "\n"
+    for name, text in texts.items():
         partial = folder / f"{name}.partial"
         partial.write_text(text, encoding="utf-8")
         partial.replace(folder / name)
+
+
+def _plain(value: Any) -> Any:
+    """The same, with `None` for every number that JSON does not know."""
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def run_page(reports: Mapping[str, Report]) -> str:
@@ -39,19 +53,12 @@ def run_page(reports: Mapping[str, Report]) -> str:
 
     Returns:
         `str`: HTML with its styles and figures inside.
-
-    Raises:
-        ValueError: if the runs measured other metrics, which cannot be on one axis.
     """
-    metrics = {report["metric"] for report in reports.values()}
-    if len(metrics) > 1:
-        raise ValueError(
-            f"The runs measured {', '.join(sorted(metrics))}, which cannot be compared: give runs with one metric."
-        )
     template = (Path(__file__).parent / "report.html.j2").read_text(encoding="utf-8")
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
+    environment.filters["code"] = _with_code
     runs = [
         {
             "name": name,
@@ -60,11 +67,47 @@ def run_page(reports: Mapping[str, Report]) -> str:
             "notes": notes(report),
             "conditions": conditions(report),
             "result": report["result"],
+            "figures": draw_run(report),
         }
         for name, report in reports.items()
     ]
     heading = next(iter(reports)) if len(reports) == 1 else f"{len(reports)} runs compared"
-    return environment.from_string(template).render(heading=heading, runs=runs, figures=run_figures(reports))
+    return environment.from_string(template).render(
+        heading=heading,
+        runs=runs,
+        compared=compared_rows(reports) if len(reports) > 1 else [],
+        figures=draw_tradeoffs(reports),
+    )
+
+
+def _with_code(text: str) -> str:
+    """The text as HTML, with what stands between backticks as code."""
+    return re.sub(r"`([^`]*)`", r"<code>\1</code>", escape(text))
+
+
+def compared_rows(reports: Mapping[str, Report]) -> list[tuple[str, ...]]:
+    """The finished models of several runs as texts, headings first.
+
+    Args:
+        reports (`Mapping[str, dict]`): Reports of recipes' runs, by what each is called.
+
+    Returns:
+        `list[tuple[str, ...]]`: A row for each run: what its table says of its result, or "-" where it has none, and
+        the seconds of all of its steps.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for name, report in reports.items():
+        (_, metric, *headings), *rows = run_table_rows(report)
+        row = next((cells for cells in rows if cells[0] == report["result"]), None)
+        found[name] = {}
+        if row is not None:
+            step, value, *cells = row[:-2]
+            found[name] |= {"result": step, "quality": f"{value} {metric}"}
+            found[name] |= zip(headings[:-2], cells, strict=True)
+        found[name]["seconds in all"] = f"{sum(entry['seconds'] or 0 for entry in models_of(report)):.0f}"
+    columns = list(dict.fromkeys(column for row in found.values() for column in row))
+    columns.sort(key=lambda column: column == "seconds in all")
+    return [("run", *columns), *((name, *(row.get(column, "-") for column in columns)) for name, row in found.items())]
 
 
 def run_table_rows(report: Report) -> list[tuple[str, ...]]:
@@ -142,15 +185,22 @@ def summary(report: Report) -> str:
     if report["result"] is None:
         return "No model passed the gates of the recipe."
     last = models[report["result"]]
-    kept, size = last["quality"]["retention"], first["cost"]["bytes_on_disk"] / last["cost"]["bytes_on_disk"]
-    macs = first["cost"]["macs"] / last["cost"]["macs"]
-    times = ", ".join(f"{1 / one['ratio']:.1f}x faster at {rows} rows" for rows, one in last["latency"].items())
+    kept = last["quality"]["retention"]
+    size = _times(first["cost"]["bytes_on_disk"] / last["cost"]["bytes_on_disk"], "smaller", "larger")
+    macs = _times(first["cost"]["macs"] / last["cost"]["macs"], "fewer", "more")
+    times = ", ".join(
+        f"{_times(1 / one['ratio'], 'faster', 'slower')} at {rows} rows" for rows, one in last["latency"].items()
+    )
     share = "an undefined share" if kept is None else f"{100 * kept:.1f} %"
     before, after = (value_text(report["metric"], one["quality"]["compressed"]) for one in (first, last))
     return (
-        f"{last['name']} kept {share} of {report['metric']} ({before} became {after}), is {size:.1f}x smaller on "
-        f"disk, has {macs:.1f}x fewer multiply-accumulates, and is {times}."
+        f"{last['name']} kept {share} of {report['metric']} ({before} became {after}), is {size} on disk, "
+        f"has {macs} multiply-accumulates, and is {times}."
     )
+
+
+def _times(ratio: float, better: str, worse: str) -> str:
+    return f"{ratio:.1f}x {better}" if ratio >= 1 else f"{1 / ratio:.1f}x {worse}"
 
 
 def notes(report: Report) -> list[str]:
