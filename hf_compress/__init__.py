@@ -43,6 +43,7 @@ _MODULES = {
     "quantize_": "hf_compress.quantization.quantize",
     "recommend_format": "hf_compress.recommend",
     "score_retention": "hf_compress.evaluation.retention",
+    "set_activation_bits_": "hf_compress.quantization.training",
     "use_dense_kernels_": "hf_compress.pruning.sparse_compute",
     "use_sparse_kernels_": "hf_compress.pruning.sparse_compute",
 }
