@@ -3,12 +3,15 @@
 import logging
 from typing import TYPE_CHECKING, Any
 
-from transformers.core_model_loading import WeightConverter
+import torch
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers import AutoHfQuantizer, HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+State = dict[str, torch.Tensor]
 
 _CAST_LOGGER = "bitsandbytes.autograd._functions"
 _CAST_MESSAGE = "MatMul8bitLt: inputs will be cast from"
@@ -59,6 +62,51 @@ def make_safe_(model: "PreTrainedModel", inner: HfQuantizer) -> None:
         make_exact_(model)
 
 
+def stored_state(model: "PreTrainedModel", inner: HfQuantizer) -> State | None:
+    """What is stored of a model, where that is not its state: 8-bit integers of shape (1, outputs, inputs).
+
+    Of the shape of the weights, Transformers would take them for the weights where hf_compress is not imported, and
+    say no more than that it does not know their scales. Another shape is an error.
+
+    Args:
+        model (`PreTrainedModel`): Has its weights.
+        inner (`HfQuantizer`): The other library's quantizer.
+
+    Returns:
+        `dict[str, torch.Tensor]` or `None`: The tensors by their names; `None` for the model's own state.
+    """
+    if not getattr(inner.quantization_config, "load_in_8bit", False):
+        return None
+    state = model.state_dict()
+    names = [f"{name.removesuffix('SCB')}weight" for name in state if name.endswith(".SCB")]
+    return state | {name: state[name][None] for name in names}
+
+
+def stored_conversions(conversions: list[Any], inner: HfQuantizer) -> list[Any]:
+    """The other library's conversions from stored tensors, behind one that undoes `stored_state`.
+
+    Args:
+        conversions (`list`): Of a model, in the order in which they are tried.
+        inner (`HfQuantizer`): The other library's quantizer.
+
+    Returns:
+        `list`: The same; those that read 8-bit integers are changed.
+    """
+    if getattr(inner.quantization_config, "load_in_8bit", False):
+        for conversion in conversions:
+            if _is_one_of(conversion, tuple(inner.get_load_operations().values())):
+                conversion.operations.insert(0, _Matrices())
+    return conversions
+
+
+class _Matrices(ConversionOps):
+    """From weights of shape (1, outputs, inputs) to matrices; matrices, which stock checkpoints have, stay."""
+
+    def convert(self, input_dict: dict[str, Any], **_: Any) -> dict[str, Any]:
+        found = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
+        return {name: value[0] if value.dim() == 3 else value for name, value in found.items()}
+
+
 def mark_inner_(model: "PreTrainedModel", inner: HfQuantizer) -> None:
     """Gives a model what the other library is known by, and takes from it what would keep it from being saved.
 
@@ -82,7 +130,7 @@ def mark_inner_(model: "PreTrainedModel", inner: HfQuantizer) -> None:
 
 
 def _is_one_of(conversion: Any, operations: tuple[type, ...]) -> bool:
-    return isinstance(conversion, WeightConverter) and isinstance(conversion.operations[0], operations)
+    return isinstance(conversion, WeightConverter) and isinstance(conversion.operations[-1], operations)
 
 
 class _OncePerDtype(logging.Filter):

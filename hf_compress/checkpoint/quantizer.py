@@ -12,7 +12,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from hf_compress.checkpoint.config import METHOD, CompressionConfig
-from hf_compress.checkpoint.inner import inner_quantizer, make_safe_, mark_inner_
+from hf_compress.checkpoint.inner import inner_quantizer, make_safe_, mark_inner_, stored_conversions, stored_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,7 +52,7 @@ class CompressionQuantizer(HfQuantizer):
 
         # Before those of the other library, which may be for whatever is called a weight: the first match counts.
         conversions = weight_conversions + sparse_conversions(self._sparse, self._refused)
-        return self.inner.update_weight_conversions(conversions, model)
+        return stored_conversions(self.inner.update_weight_conversions(conversions, model), self.inner)
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_: Any) -> "PreTrainedModel":
         from hf_compress.checkpoint.sparse import write_config_
@@ -127,8 +127,9 @@ class CompressionQuantizer(HfQuantizer):
         return self.inner.get_new_dtype(converter, param, dtype)
 
     def get_state_dict_and_metadata(self, model: "PreTrainedModel") -> tuple[dict[str, Any] | None, dict[str, Any]]:
-        """What the other library saves in place of the model's own tensors, if anything."""
-        return self.inner.get_state_dict_and_metadata(model)
+        """What is saved in place of the model's own tensors, if anything."""
+        state, metadata = self.inner.get_state_dict_and_metadata(model)
+        return state or stored_state(model, self.inner), metadata
 
 
 def register() -> None:

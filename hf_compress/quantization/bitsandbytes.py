@@ -30,10 +30,11 @@ LARGEST_HALF = 65504.0
 def quantize_bitsandbytes_(model: PreTrainedModel, config: BitsAndBytesConfig, data: None = None) -> None:
     """Quantizes the projections of a model with bitsandbytes, in place and in memory, on the device where it is.
 
-    The checkpoint has the tensors of a stock one, but the config of bitsandbytes is inside a `CompressionConfig`:
-    Transformers can load a stock checkpoint and not save it again, 4-bit modules do not survive an inference unharmed
-    (see `ExactLinear4bit`), and the widths of a pruned model have to be known before its weights load. A dense model
-    is a stock checkpoint as soon as `quantization_config` in config.json is replaced by the `inner` that is in it.
+    The config of bitsandbytes is inside a `CompressionConfig`: Transformers can load a stock checkpoint and not save
+    it again, 4-bit modules do not survive an inference unharmed (see `ExactLinear4bit`), and the widths of a pruned
+    model have to be known before its weights load. Tensors are stored as in a stock checkpoint, but for 8-bit
+    integers (see `stored_state`). A dense 4-bit model is a stock checkpoint as soon as `quantization_config` in
+    config.json is replaced by the `inner` that is in it.
 
     With a threshold above 0, which columns LLM.int8 computes in floating point depends on the whole batch; 0.0 makes
     the outputs of a text independent of the others.

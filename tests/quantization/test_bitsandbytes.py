@@ -8,6 +8,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
@@ -90,18 +91,44 @@ def test_stock_rules_quantize_the_same_modules(model_type):
         assert not any(name == head or name.startswith(f"{head}.") for name in names for head in heads)
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def change_config(folder, change) -> None:
+    file = folder / "config.json"
+    fields = json.loads(file.read_text())
+    change(fields)
+    file.write_text(json.dumps(fields))
+
+
+@pytest.mark.parametrize("config", [FP4, NF4], ids=("fp4", "nf4"))
 def test_a_dense_checkpoint_holds_a_stock_one(bert, config, tmp_path):
     quantized = quantize(bert, config)
     quantized.save_pretrained(tmp_path)
-    file = tmp_path / "config.json"
-    fields = json.loads(file.read_text())
-    fields["quantization_config"] = fields["quantization_config"]["inner"]
-    file.write_text(json.dumps(fields))
+    change_config(tmp_path, lambda fields: fields.update(quantization_config=fields["quantization_config"]["inner"]))
     stock = type(bert).from_pretrained(tmp_path, attn_implementation="eager")
     assert type(stock.config.quantization_config) is BitsAndBytesConfig
     assert quantized_names(stock) == quantized_names(quantized)
     assert difference(predict(stock, tiny_batch(bert)), predict(quantized, tiny_batch(bert))) == 0
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_packed_weights_are_never_taken_for_weights(model_type, config, tmp_path):
+    model = wide_model(model_type)
+    quantize(model, config).save_pretrained(tmp_path)
+    # As Transformers does where hf_compress was not imported.
+    change_config(tmp_path, lambda fields: fields.pop("quantization_config"))
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        type(model).from_pretrained(tmp_path)
+
+
+def test_integers_of_the_shape_of_the_weights_load_too(bert, tmp_path):
+    quantized = quantize(bert, INT8)
+    quantized.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    stored = load_file(file)
+    integers = {name: tensor[0] for name, tensor in stored.items() if tensor.dtype == torch.int8}
+    assert integers
+    save_file(stored | integers, file, {"format": "pt"})
+    assert_same(type(bert).from_pretrained(tmp_path, attn_implementation="eager"), quantized)
 
 
 @pytest.mark.parametrize("config", [INT8, FP4], ids=("int8", "fp4"))
