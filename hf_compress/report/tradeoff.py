@@ -123,6 +123,9 @@ def _draw(reports: Mapping[str, Report], title: str, label: str, cost_of: Callab
         axes.set_xlabel(f"{label} (less is better)")
         axes.set_ylabel(axis)
         axes.margins(0.2, 0.1)
+        if len({point.cost for point in points}) == 1:
+            # matplotlib's own limits are too near each other for its logarithms.
+            axes.set_xlim(points[0].cost / 2, points[0].cost * 2)
         _plain_ticks(axes)
         if len(runs) > 1:
             _name_runs(canvas, axes, runs)

@@ -98,6 +98,23 @@ def test_a_changed_recipe_redoes_what_follows(tmp_path):
     assert left_behind(tmp_path / "out") == first
 
 
+def test_steps_with_another_number_are_moved(tmp_path):
+    recipe, output = tiny_recipe(tmp_path), tmp_path / "out"
+    half = PruneStep(budget=0.75, n_texts=32, multiple_of=4)
+    recipe.steps = [recipe.steps[0], half, replace(half, budget=0.6)]
+    report = compress(recipe, output)
+    first, made = left_behind(output), [path.stat().st_mtime_ns for path in sorted(output.glob("*/model.safetensors"))]
+    checked = replace(recipe, steps=[recipe.steps[0], EvaluateStep(max_mb=100), *recipe.steps[1:]])
+    again = compress(checked, output)
+    assert [step["name"] for step in again["steps"]] == ["01-finetune", "02-evaluate", "03-prune", "04-prune"]
+    assert made == [path.stat().st_mtime_ns for path in sorted(output.glob("*/model.safetensors"))]
+    assert [step["quality"] for step in again["steps"] if "quality" in step] == [s["quality"] for s in report["steps"]]
+    assert not list(output.glob("02-*"))
+    compress(recipe, output)
+    assert left_behind(output) == first
+    assert made == [path.stat().st_mtime_ns for path in sorted(output.glob("*/model.safetensors"))]
+
+
 def test_a_run_that_was_stopped_ends_like_an_unbroken_one(finished, tmp_path, monkeypatch):
     recipe, output, _ = finished
 
