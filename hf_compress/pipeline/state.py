@@ -219,11 +219,17 @@ def _digest(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _stamp(path: str) -> list[tuple[str, int, int]]:
-    """Names, sizes and times of the files at a path; nothing for a name on the Hub."""
+def _stamp(path: str) -> list[tuple[str, str]]:
+    """Names and contents of the files at a path; nothing for a name on the Hub."""
     place = Path(path).expanduser()
     files = sorted(file for file in place.rglob("*") if file.is_file()) if place.is_dir() else [place]
-    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+    # Times of files would change where the same data are copied or mounted again.
+    return [(file.name, _content(file)) for file in files if file.is_file()]
+
+
+def _content(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _read_run(file: Path) -> dict[str, Any] | None:
