@@ -31,8 +31,7 @@ TASKS: dict[str, dict[str, Any]] = {
     "sst2": {"text_columns": ["sentence"], "eval_split": "test"},
     "trec": {"label_column": "coarse_label", "eval_split": "test"},
     "mrpc": {"text_columns": ["sentence1", "sentence2"], "eval_split": "test"},
-    # Its texts are longer than the 64 tokens that the recipes read by default.
-    "rte": {"text_columns": ["sentence1", "sentence2"], "eval_split": "validation", "max_length": 128},
+    "rte": {"text_columns": ["sentence1", "sentence2"], "eval_split": "validation"},
     "stsb": {"text_columns": ["sentence1", "sentence2"], "eval_split": "test"},
     "wnut_17": {"text_columns": ["tokens"], "label_column": "ner_tags", "eval_split": "test"},
 }
