@@ -123,7 +123,7 @@ def plan_rows(recipe: "Recipe", output: Path) -> list[dict[str, Any]]:
     sizes = estimate(recipe, model, AutoTokenizer.from_pretrained(recipe.model), data)
     rows = []
     settings_of = recipe.to_dict()["steps"]
-    for place, settings, size in zip(places_of(recipe, output), settings_of, sizes, strict=True):
+    for place, settings, size in zip(places_of(recipe, output, data.digest), settings_of, sizes, strict=True):
         is_there = place.folder.exists() and bool(place.read_entry())
         rows.append(
             {

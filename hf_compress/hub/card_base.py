@@ -146,7 +146,8 @@ def without_paths(value: Any) -> Any:
         return {name: without_paths(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [without_paths(item) for item in value]
-    is_path = isinstance(value, str) and re.search(r"[/\\]", value) and is_local(value)
+    # A backslash alone is none of a path: patterns of names have them too.
+    is_path = isinstance(value, str) and re.search(r"/|^[A-Za-z]:\\|^\\\\", value) and is_local(value)
     return portable_name(value) if is_path else value
 
 

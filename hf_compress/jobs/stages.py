@@ -11,6 +11,7 @@ import torch
 from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler
 from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 if TYPE_CHECKING:
@@ -120,8 +121,12 @@ def train_once(folder: Path, make_trainer: Callable[[Path], Trainer]) -> bool:
     if checkpoint is not None:
         logger.info("%s continues from %s.", folder.name, checkpoint.name)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+    partial = folder.with_name(folder.name + PARTIAL)
+    # By all processes, of which each may hold a part of the model.
+    trainer.save_model(str(partial), _internal_call=True)
     if trainer.is_world_process_zero():
-        save_whole(folder, trainer.model, trainer.processing_class)
+        (partial / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        partial.rename(folder)
         shutil.rmtree(work, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
     return True

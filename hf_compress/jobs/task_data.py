@@ -1,5 +1,7 @@
 """The labelled rows of a recipe, checked: texts, pairs of texts, or sentences whose words are labelled."""
 
+import hashlib
+import json
 import random
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,6 +25,7 @@ from hf_compress.jobs.word_labels import (
     tokenize_words,
     word_label_ids,
     word_label_names,
+    words_with_tokens,
 )
 from hf_compress.modeling.tasks import IGNORED, problem_type
 
@@ -45,6 +48,8 @@ class TaskData(NamedTuple):
         test_split (`str`): The split that the latter are of.
         labels (`list[str]` or `None`): Names of the classes, for a model that is fine-tuned on them; `None`: numbers.
         held_out (`Dataset`, *optional*): Rows to choose something on: of validation or dev, where not measured on.
+        held_out_split (`str`, *optional*): The split that these are of.
+        digest (`str`, *optional*): Of all rows, where they were given and not read from the place that `config` names.
     """
 
     config: "DataConfig"
@@ -54,6 +59,8 @@ class TaskData(NamedTuple):
     test_split: str
     labels: list[str] | None
     held_out: Dataset | None = None
+    held_out_split: str | None = None
+    digest: str | None = None
 
     @property
     def model_class(self) -> type:
@@ -102,10 +109,32 @@ class TaskData(NamedTuple):
         Raises:
             ValueError: if the model has no such label.
         """
-        split = self.test_split if rows is self.test else "train"
+        names = {id(self.test): self.test_split, id(self.held_out): self.held_out_split}
+        split = names.get(id(rows)) or "train"
         if self.task == WORDS:
             return word_label_ids(rows, split, self.config.label_column, model.config)
         return label_ids(rows, split, self.config.label_column, model.config)
+
+    def check_held_out(self, model: "PreTrainedModel") -> None:
+        """Raises if there are held-out rows and something cannot be chosen on them.
+
+        Args:
+            model (`PreTrainedModel`): Numbers the labels.
+
+        Raises:
+            ValueError: if a column or a label is missing, or the model has no such label.
+        """
+        if self.held_out is None:
+            return
+        columns = [*self.config.text_columns, self.config.label_column]
+        missing = [column for column in columns if column not in self.held_out.column_names]
+        if missing:
+            raise ValueError(
+                f"The split {self.held_out_split!r}, on which max_drop is to be checked, has no column "
+                f"{missing[0]!r}; its columns are {', '.join(self.held_out.column_names)}. Add the column, leave the "
+                "split out, or leave max_drop out."
+            )
+        self.label_ids(self.held_out, model)
 
     def with_noise(self, copies: int, n_rows: int, seed: int, tokenizer: Any, model: "PreTrainedModel") -> Dataset:
         """The encoded rows to learn from, and noisy copies of them, for a teacher to label.
@@ -155,11 +184,12 @@ class TaskData(NamedTuple):
             rows (`Dataset`, *optional*): By default those to measure on.
 
         Returns:
-            `Outputs`: By row, or by row and word. A word that `max_length` cuts off counts as the first label.
+            `Outputs`: By row, or by row and word. A word without tokens, as where `max_length` cuts it off, counts
+            as the first label.
         """
-        rows = self.test if rows is None else rows
-        ids = self.label_ids(rows, model)
-        rows = self.encode(rows, tokenizer, model)
+        given = self.test if rows is None else rows
+        ids = self.label_ids(given, model)
+        rows = self.encode(given, tokenizer, model)
         # From the shortest to the longest, and back in their order.
         order = np.argsort(rows["length"][:], kind="stable")
         found = predict(model, rows.select(order), data_collator=self.collator(tokenizer), batch_size=batch_size)
@@ -167,7 +197,8 @@ class TaskData(NamedTuple):
         logits = found.logits[back]
         if self.task == TEXTS:
             return Outputs(logits, np.asarray(ids, dtype=np.float32 if self.labels_are_numbers(model) else np.int64))
-        return by_word(logits, found.labels[back], ids)
+        words = words_with_tokens(given, tokenizer, self.config.text_columns[0], self.config.max_length)
+        return by_word(logits, found.labels[back], ids, words)
 
     def labels_are_numbers(self, model: "PreTrainedModel") -> bool:
         """Whether a model gives numbers instead of classes."""
@@ -218,6 +249,7 @@ def read_task(config: "DataConfig", seed: int, splits: DatasetDict | None = None
     Raises:
         ValueError: if a split, a column or a value does not fit.
     """
+    digest = None if splits is None else _digest(splits, [*config.text_columns, config.label_column])
     splits = load_splits(config.dataset, config.dataset_name) if splits is None else splits
     test_split = evaluation_split(splits, config.eval_split)
     if _is_labelled_by_word(splits[test_split], config.label_column):
@@ -230,32 +262,45 @@ def read_task(config: "DataConfig", seed: int, splits: DatasetDict | None = None
     if config.train_rows is not None and config.train_rows < len(train):
         train = train.select(sorted(random.Random(seed).sample(range(len(train)), config.train_rows)))
     labels = name(splits["train"], config.label_column)
-    other = next((splits[name] for name in ("validation", "dev") if name in splits and name != test_split), None)
-    return TaskData(config, task, train, splits[test_split], test_split, labels, other)
+    other = next((name for name in ("validation", "dev") if name in splits and name != test_split), None)
+    held_out = None if other is None else splits[other]
+    return TaskData(config, task, train, splits[test_split], test_split, labels, held_out, other, digest)
+
+
+def _digest(splits: DatasetDict, columns: Sequence[str]) -> str:
+    found = hashlib.sha256()
+    for name, rows in sorted(splits.items()):
+        kept = rows.select_columns([column for column in columns if column in rows.column_names])
+        found.update(f"{name} {len(rows)} {kept.features}".encode())
+        for batch in kept.iter(1000):
+            found.update(json.dumps(batch, default=str, sort_keys=True).encode())
+    return found.hexdigest()
 
 
 def _is_labelled_by_word(rows: Dataset, column: str) -> bool:
     return column in rows.column_names and len(rows) > 0 and isinstance(rows[0][column], list)
 
 
-def by_word(logits: np.ndarray, positions: np.ndarray, labels: Sequence[Sequence[int]]) -> Outputs:
+def by_word(
+    logits: np.ndarray, positions: np.ndarray, labels: Sequence[Sequence[int]], words: Sequence[Sequence[int]]
+) -> Outputs:
     """Outputs of tokens as outputs of words.
 
     Args:
         logits (`np.ndarray`): `(rows, tokens, classes)`.
-        positions (`np.ndarray`): `(rows, tokens)`, other than -100 at the first token of each word.
+        positions (`np.ndarray`): `(rows, tokens)`, other than -100 at the first token of each word that has one.
         labels (sequence of lists): The labels of each row's words.
+        words (sequence of lists): The words of each row that have a token, in order.
 
     Returns:
         `Outputs`: `(rows, words, classes)`.
     """
     n_words = max(map(len, labels))
     of_words = np.zeros((len(labels), n_words, logits.shape[-1]), dtype=np.float32)
-    # What is cut off counts as the first label, which is "O" in usual sets.
+    # A word without tokens counts as the first label, which is "O" in usual sets.
     of_words[:, :, 0] = 1.0
     all_labels = np.full((len(labels), n_words), IGNORED)
     for row, ids in enumerate(labels):
-        found = logits[row][positions[row] != IGNORED]
-        of_words[row, : len(found)] = found
+        of_words[row, words[row]] = logits[row][positions[row] != IGNORED]
         all_labels[row, : len(ids)] = ids
     return Outputs(of_words, all_labels)

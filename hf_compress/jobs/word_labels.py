@@ -148,15 +148,37 @@ def tokenize_words(
         encoded = tokenizer(batch[column], is_split_into_words=True, truncation=True, max_length=max_length)
         all_labels = []
         for place, index in enumerate(indices):
-            words = encoded.word_ids(place)
-            starts = [
-                word is not None and word != before for word, before in zip(words, [None, *words[:-1]], strict=True)
-            ]
-            all_labels.append([labels[index][word] if s else IGNORED for word, s in zip(words, starts, strict=True)])
+            starts = _starts(encoded.word_ids(place))
+            all_labels.append([IGNORED if word is None else labels[index][word] for word in starts])
         return {**encoded, "labels": all_labels, "length": [len(ids) for ids in encoded["input_ids"]]}
 
     kept = rows.select_columns([column])
     return kept.map(encode, batched=True, with_indices=True, remove_columns=[column], desc="Tokenizing")
+
+
+def words_with_tokens(
+    rows: Dataset, tokenizer: "PreTrainedTokenizerBase", column: str, max_length: int
+) -> list[list[int]]:
+    """Which words of each sentence `tokenize_words` gives a labelled token.
+
+    Not those that are cut off, nor those that tokenizers drop, such as a zero-width space.
+
+    Args:
+        rows (`Dataset`): Checked rows.
+        tokenizer (`PreTrainedTokenizerBase`): A fast one.
+        column (`str`): The column of words.
+        max_length (`int`): Tokens per row at most.
+
+    Returns:
+        `list[list[int]]`: Places of words, in order.
+    """
+    encoded = tokenizer(rows[column][:], is_split_into_words=True, truncation=True, max_length=max_length)
+    return [[word for word in _starts(encoded.word_ids(row)) if word is not None] for row in range(len(rows))]
+
+
+def _starts(words: Sequence[int | None]) -> list[int | None]:
+    """The word that begins at each token, from the word that each token is of."""
+    return [None if word == before else word for word, before in zip(words, [None, *words[:-1]], strict=True)]
 
 
 def noisy_sentences(

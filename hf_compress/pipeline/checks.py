@@ -4,14 +4,16 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import AutoTokenizer
 
 from hf_compress.distillation.student import make_student
+from hf_compress.evaluation.sample import sample_batch
 from hf_compress.jobs.data import check_length, check_tokenizer
 from hf_compress.pipeline.state import Place, places_of
 from hf_compress.pipeline.training import training_arguments
 from hf_compress.pruning.vocabulary import prune_vocabulary
-from hf_compress.recipe.steps import FinetuneStep, StudentStep, TrainingStep, VocabularyStep
+from hf_compress.recipe.steps import FinetuneStep, QuantizeStep, StudentStep, TrainingStep, VocabularyStep
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,7 +52,10 @@ def check_before(recipe: "Recipe", data: "TaskData", output: Path) -> "PreTraine
     check_tokenizer(tokenizer, model)
     data.metric(model)
     check_length(model, data.encode(data.test, tokenizer, model))
+    _check_timed(model, recipe)
     data.label_ids(data.train, model)
+    if any(isinstance(step, QuantizeStep) and step.max_drop is not None for step in recipe.steps):
+        data.check_held_out(model)
     for place in places_of(recipe, output):
         if isinstance(place.step, StudentStep):
             make_student(model, place.step)
@@ -81,6 +86,20 @@ def check_room(place: Place) -> None:
             f"{place.name} may write {needed / 1e9:.1f} GB, and {place.folder.parent} has {free / 1e9:.1f} GB left: "
             "make room, and repeat the command to continue."
         )
+
+
+def _check_timed(model: "PreTrainedModel", recipe: "Recipe") -> None:
+    """Raises if the model cannot read what it will be timed with, which is as long as rows may be."""
+    length = recipe.measure.length or recipe.data.max_length
+    try:
+        with torch.inference_mode():
+            model.eval()(**sample_batch([model], 1, length))
+    except (IndexError, RuntimeError) as error:
+        raise ValueError(
+            f"{type(model).__name__} cannot read texts of {length} tokens, of which it is to be timed: {error}. Give "
+            "max_length of the data, or length of measure, at most the number of positions that the model has, 512 "
+            "for most."
+        ) from error
 
 
 def _check_inputs(recipe: "Recipe", output: Path) -> None:

@@ -63,8 +63,8 @@ def compress(
         data = read_task(recipe.data, recipe.seed, splits)
         if state.is_main_process:
             check_before(recipe, data, output)
-            open_output(recipe, output, overwrite)
-    places = places_of(recipe, output)
+            open_output(recipe, output, overwrite, data.digest)
+    places = places_of(recipe, output, data.digest)
     reference = _reference(recipe, places, output)
     measurer = Measurer(reference.path, data, recipe.measure, recipe.seed)
     entries = [_measured(reference, measurer, recipe, [])] if reference is not places[0] else []

@@ -155,7 +155,8 @@ def propose(
         max_macs (`float`, *optional*, defaults to `1.0`): Share of the multiply-accumulates, at most.
 
     Returns:
-        `list[Proposal]`: Best first: those that need no training, that keep most, of the fewest steps, the smallest.
+        `list[Proposal]`: Best first: those that need no training, that keep most, of the fewest steps, the smallest;
+            last, those that keep too little and have nothing to recover.
 
     Raises:
         ValueError: if no steps meet the size; with the smallest that there are.
@@ -190,7 +191,16 @@ def propose(
             f"{smallest:.2f} MB. Give a larger --target-mb or --max-macs, or write a recipe with a smaller vocabulary "
             "(max_size) or a narrower student."
         )
-    return sorted(found, key=lambda one: (one.needs_training, -round(one.retention, 3), len(one.steps), one.megabytes))
+    return sorted(
+        found,
+        key=lambda one: (
+            one.retention < min_retention and not one.needs_training,
+            one.needs_training,
+            -round(one.retention, 3),
+            len(one.steps),
+            one.megabytes,
+        ),
+    )
 
 
 def as_recipe(proposal: Proposal, recipe: Recipe) -> Recipe:

@@ -27,6 +27,8 @@ MODEL = "00-model"
 _MADE_BY, _KIND = "hf-compress", "recipe"
 # What a run writes beside the folders of its steps.
 _PAGES = (REPORT_FILE, "report.md", "report.html")
+# Files that `datasets` writes beside a data set.
+_CACHE = "cache-"
 # Of the folders of a step: its model, its training, what is half saved, its teacher's answers.
 _SUFFIXES = ("", WORK, PARTIAL, ".cache")
 
@@ -98,12 +100,13 @@ class Place(NamedTuple):
         remove_step(self.folder.parent, self.name)
 
 
-def places_of(recipe: "Recipe", output: Path) -> list[Place]:
+def places_of(recipe: "Recipe", output: Path, rows: str | None = None) -> list[Place]:
     """The steps of a recipe, each with what it starts from.
 
     Args:
         recipe (`Recipe`): What is to be done.
         output (`Path`): The run's folder.
+        rows (`str`, *optional*): What the rows are known by, where they are in no file; see `TaskData.digest`.
 
     Returns:
         `list[Place]`: In order.
@@ -111,7 +114,8 @@ def places_of(recipe: "Recipe", output: Path) -> list[Place]:
     plan = recipe.to_dict()
     chain: dict[str, Any] = {name: plan[name] for name in ("model", "data", "seed")}
     # Other files at the same place are another model, or other data.
-    chain |= {"version": hf_compress.__version__, "files": [_stamp(recipe.model), _stamp(recipe.data.dataset)]}
+    files = [_stamp(path, output) for path in (recipe.model, recipe.data.dataset)]
+    chain |= {"version": hf_compress.__version__, "files": files} | ({} if rows is None else {"rows": rows})
     model = teacher = recipe.model
     places: list[Place] = []
     for number, (step, settings) in enumerate(zip(recipe.steps, plan["steps"], strict=True), start=1):
@@ -129,13 +133,14 @@ def places_of(recipe: "Recipe", output: Path) -> list[Place]:
     return places
 
 
-def open_output(recipe: "Recipe", output: Path, overwrite: bool) -> None:
+def open_output(recipe: "Recipe", output: Path, overwrite: bool, rows: str | None = None) -> None:
     """Takes a folder for a run, or continues the run in it; what a changed recipe no longer makes is removed.
 
     Args:
         recipe (`Recipe`): What is to be done.
         output (`Path`): The run's folder; made if missing.
         overwrite (`bool`): Whether all results of an earlier run there may be deleted.
+        rows (`str`, *optional*): As for `places_of`.
 
     Raises:
         ValueError: if the folder is a file, holds files of others, or another command's run.
@@ -143,7 +148,7 @@ def open_output(recipe: "Recipe", output: Path, overwrite: bool) -> None:
     if output.exists() and not output.is_dir():
         raise ValueError(f"The output folder {output} is a file: give a new or an empty folder.")
     stored = _read_run(output / RUN_FILE)
-    places = places_of(recipe, output)
+    places = places_of(recipe, output, rows)
     names = [MODEL, *(place.name for place in places)]
     if stored is None and output.exists() and any(path.name != RUN_FILE + PARTIAL for path in output.iterdir()):
         raise ValueError(
@@ -219,12 +224,16 @@ def _digest(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _stamp(path: str) -> list[tuple[str, str]]:
-    """Names and contents of the files at a path; nothing for a name on the Hub."""
-    place = Path(path).expanduser()
-    files = sorted(file for file in place.rglob("*") if file.is_file()) if place.is_dir() else [place]
+def _stamp(path: str, output: Path) -> list[tuple[str, str]]:
+    """Names and contents of the files at a path but for what the run writes; nothing for a name on the Hub."""
+    place, own = Path(path).expanduser().resolve(), output.resolve()
+    files = sorted(place.rglob("*")) if place.is_dir() else [place]
     # Times of files would change where the same data are copied or mounted again.
-    return [(file.name, _content(file)) for file in files if file.is_file()]
+    return [
+        (file.name, _content(file))
+        for file in files
+        if file.is_file() and own not in file.parents and not file.name.startswith(_CACHE)
+    ]
 
 
 def _content(file: Path) -> str:

@@ -99,19 +99,19 @@ def _vocabulary(place: Place, data: "TaskData", seed: int, model: Any, tokenizer
 
 
 def _prune(place: Place, data: "TaskData", seed: int, model: Any, tokenizer: Any) -> Made:
-    config = place.step.config(seed)
+    config, dtype = place.step.config(seed), model.dtype
     batches = calibration(data, place.step.n_texts, config.seed, tokenizer, model, config.use_labels)
     pruned = prune(model, config, kind_of(config).get_data(model, config, batches))
     before, after = compare_widths(model, pruned, batches)
-    return pruned, tokenizer, {"widths": {"dense": before["widths"], "pruned": after["widths"]}}
+    return pruned.to(dtype), tokenizer, {"widths": {"dense": before["widths"], "pruned": after["widths"]}}
 
 
 def _sparsify(place: Place, data: "TaskData", seed: int, model: Any, tokenizer: Any) -> Made:
-    config = place.step.config(seed)
+    config, dtype = place.step.config(seed), model.dtype
     batches = calibration(data, place.step.n_texts, config.seed, tokenizer, model)
     sparse = prune(model.float(), config, batches)
     _, found = compare_weights(model, sparse, batches)
-    return sparse, tokenizer, {"zeros": found["zeros"], "sparsity": found["layers"]}
+    return sparse.to(dtype), tokenizer, {"zeros": found["zeros"], "sparsity": found["layers"]}
 
 
 def _quantize(place: Place, data: "TaskData", seed: int, model: Any, tokenizer: Any) -> Made:

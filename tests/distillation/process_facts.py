@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer
 
 from hf_compress import TermConfig
+from hf_compress.jobs.stages import train_once
 from tests.distillation.tiny import PadCollator, make_trainer, tiny_model, tiny_rows
 
 
@@ -92,6 +93,21 @@ def resuming_shards(folder: Path) -> dict[str, Any]:
     }
 
 
+def saved_shards(folder: Path) -> float:
+    """How far the model that a stage of a run saves is from the one that was trained in shares."""
+    trainers = []
+
+    def make(work: Path) -> Trainer:
+        teacher, student = tiny_model("single-label", 2, seed=2), tiny_model("single-label", 1, seed=1)
+        trainers.append(make_trainer("single-label", work, teacher, student, max_steps=1, **fsdp_settings()))
+        return trainers[0]
+
+    with sharding_on_a_cpu():
+        train_once(folder / "stage", make)
+    saved = load_file(folder / "stage" / "model.safetensors")
+    return _largest_difference(weights_of(trainers[0]), saved)
+
+
 def projections_of_other_seeds(folder: Path) -> float:
     rank = dist.get_rank()
     trainer = make_trainer(
@@ -155,5 +171,5 @@ def refusals(folder: Path) -> dict[str, str]:
 
 FACTS: dict[str, Callable[[Path], Any]] = {
     function.__name__: function
-    for function in (resuming, resuming_shards, projections_of_other_seeds, sharded_teacher, refusals)
+    for function in (resuming, resuming_shards, saved_shards, projections_of_other_seeds, sharded_teacher, refusals)
 }

@@ -69,6 +69,7 @@ def test_a_sharded_teacher_says_the_same_and_is_in_no_checkpoint(found):
 def test_checkpoints_of_shards_are_whole_and_resumed_bit_exactly(found):
     facts = found["facts"]["resuming_shards"]
     assert facts == {"difference": 0.0, "saved": 0.0, "keys": []}
+    assert found["facts"]["saved_shards"] == 0.0
 
 
 @pytest.mark.parametrize(

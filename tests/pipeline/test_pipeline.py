@@ -215,6 +215,16 @@ def test_pairs_and_numbers(tmp_path):
     assert report["steps"][1]["quality"]["mse"] > 0
 
 
+@pytest.mark.parametrize("step", [PruneStep(budget=0.75, n_texts=32), SparsifyStep(sparsity=0.5, n_texts=32)])
+def test_a_model_keeps_its_dtype(tmp_path, step):
+    model = AutoModelForSequenceClassification.from_pretrained(save_tiny_bert(tmp_path / "model"))
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    report = compress(tiny_recipe(tmp_path, steps=[step]), tmp_path / "out")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / report["result"])
+    assert model.dtype == torch.bfloat16
+    assert report["steps"][1]["cost"]["bytes_on_disk"] < report["steps"][0]["cost"]["bytes_on_disk"]
+
+
 def test_refusals_come_before_anything_is_written(tmp_path):
     save_tiny_bert(tmp_path / "model", BertModel)
     headless = tiny_recipe(tmp_path, steps=[PruneStep(budget=0.5)])
@@ -225,6 +235,8 @@ def test_refusals_come_before_anything_is_written(tmp_path):
         compress(replace(recipe, steps=[recipe.steps[0], VocabularyStep(max_size=5)]), tmp_path / "out")
     with pytest.raises(ValueError, match="metric='f2' does not fit"):
         compress(replace(recipe, data=replace(recipe.data, metric="f2")), tmp_path / "out")
+    with pytest.raises(ValueError, match="cannot read texts of 64 tokens, of which it is to be timed"):
+        compress(replace(recipe, data=replace(recipe.data, max_length=64)), tmp_path / "out")
     with pytest.raises(ValueError, match="lies in the output folder"):
         compress(recipe, tmp_path)
     assert not (tmp_path / "out").exists()
@@ -233,6 +245,20 @@ def test_refusals_come_before_anything_is_written(tmp_path):
     with pytest.raises(ValueError, match="not of a run of a recipe.*nothing deleted"):
         compress(recipe, tmp_path / "mine", overwrite=True)
     assert (tmp_path / "mine" / "notes.txt").read_text() == "mine"
+
+
+def test_held_out_rows_are_checked_before_anything_is_trained(tmp_path):
+    recipe = tiny_recipe(tmp_path)
+    write_rows(tmp_path / "data" / "test.csv", tiny_texts(8))
+    gated = replace(recipe, steps=[recipe.steps[0], QuantizeStep("int8", max_drop=0.5)])
+    gated.data = replace(recipe.data, eval_split="test")
+    write_rows(tmp_path / "data" / "validation.csv", [row | {"label": 7} for row in tiny_texts(8)])
+    with pytest.raises(ValueError, match="Label 7 of row 0 of the split 'validation' is unknown"):
+        compress(gated, tmp_path / "out")
+    write_rows(tmp_path / "data" / "validation.csv", [{"text": row["text"]} for row in tiny_texts(8)])
+    with pytest.raises(ValueError, match="'validation', on which max_drop is to be checked, has no column 'label'"):
+        compress(gated, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_no_room_on_the_disk(tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """Proposals follow from what was measured, and what is written can be run."""
 
+from dataclasses import replace
+
 import pytest
 from transformers import AutoModelForSequenceClassification
 
@@ -43,6 +45,13 @@ def test_fewer_macs_need_pruning_and_less_quality_a_recovery():
     assert keys(quarter) == ["vocabulary", "prune", "recover", "quantize", "evaluate"]
     assert quarter.needs_training
     assert quarter.megabytes <= 6.0
+
+
+def test_what_will_fail_comes_last():
+    rough = replace(FOUND, rounded={"float32": 1.0, "int8": 0.999, "fixed-point 4": 0.7})
+    found = propose(rough, target_mb=9.0, min_retention=0.98)
+    assert "recover" in keys(found[0])
+    assert keys(found[-1]) == ["vocabulary", "quantize", "evaluate"]
 
 
 def test_every_proposal_meets_the_target():
