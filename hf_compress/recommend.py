@@ -134,9 +134,19 @@ def recommend_format(
             f"formats={wanted} with tolerance={tolerance} cannot be tried: give some of {', '.join(FORMATS)}, and a "
             "tolerance of at least 0."
         )
-    skipped = {name: why for name in wanted if (why := _reason_against(name, model.device))}
-    # Timed as they would run: `float32` is a copy too, whatever the model's own dtype is.
-    models = {name: _in_format(model, name) for name in wanted if name not in skipped}
+    skipped: dict[str, str] = {}
+    models: dict[str, nn.Module] = {}
+    # In the order of what changes a model least, whatever that of the argument is.
+    for name in (name for name in FORMATS if name in wanted):
+        why = _reason_against(name, model.device)
+        if why is None:
+            try:
+                # Timed as they would run: `float32` is a copy too, whatever the model's own dtype is.
+                models[name] = _in_format(model, name)
+            except ValueError as error:
+                why = str(error)
+        if why is not None:
+            skipped[name] = why
     measured = compare_latency(models, batch, n_runs=n_runs)
     reference = measured.latency[FLOAT32].median_s
     candidates = tuple(

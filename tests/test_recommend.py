@@ -40,6 +40,15 @@ def test_every_format_is_timed_or_explained():
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_what_does_not_fit_the_model_is_explained():
+    model = tiny_model("bert", "BertForSequenceClassification")
+    found = recommend_format(model, tiny_batch(model), formats=["nf4", "int8", "bf16"], n_runs=1)
+    assert "widths that 4 bits can take" in found.skipped["nf4"]
+    # The order of preference is not that of the argument.
+    timed = [candidate.name for candidate in found.candidates]
+    assert timed == [name for name in FORMATS if name in timed]
+
+
 def test_what_is_given_comes_back_fresh():
     model = tiny_model("bert")
     found = recommend_format(model, tiny_batch(model), formats=["int8"], tolerance=0.0, n_runs=1)

@@ -62,6 +62,41 @@ def make_safe_(model: "PreTrainedModel", inner: HfQuantizer) -> None:
         make_exact_(model)
 
 
+def plain_dtypes(model: "PreTrainedModel", inner: HfQuantizer) -> dict[str, torch.dtype]:
+    """What the tensors that stay in floating point are to be cast to.
+
+    Transformers leaves casting to the other library for all names that it loads something from, and that library
+    does not cast what it has not rounded.
+
+    Args:
+        model (`PreTrainedModel`): The skeleton, with the other library's modules.
+        inner (`HfQuantizer`): The other library's quantizer.
+
+    Returns:
+        `dict[str, torch.dtype]`: By name; without what a model wants in float32 in any case.
+    """
+    if isinstance(inner, NoInner):
+        return {}
+    kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+    return {
+        name: parameter.dtype
+        for name, parameter in model.named_parameters()
+        if type(parameter) is torch.nn.Parameter and parameter.is_floating_point() and kept.isdisjoint(name.split("."))
+    }
+
+
+def cast_plain_(model: "PreTrainedModel", dtypes: dict[str, torch.dtype]) -> None:
+    """Casts what `plain_dtypes` found in the skeleton.
+
+    Args:
+        model (`PreTrainedModel`): Has its weights.
+        dtypes (`dict[str, torch.dtype]`): By name.
+    """
+    for name, parameter in model.named_parameters():
+        if type(parameter) is torch.nn.Parameter and parameter.dtype != dtypes.get(name, parameter.dtype):
+            parameter.data = parameter.data.to(dtypes[name])
+
+
 def stored_state(model: "PreTrainedModel", inner: HfQuantizer) -> State | None:
     """What is stored of a model, where that is not its state: 8-bit integers of shape (1, outputs, inputs).
 

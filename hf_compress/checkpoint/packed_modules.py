@@ -55,6 +55,16 @@ def build_formats_(model: "PreTrainedModel", formats: Formats) -> None:
         kind.check_fields(fields)
         for name in match_modules(model, entry["modules"], modules):
             model.set_submodule(name, _skeleton(kind, name, modules[name], fields))
+    _untie_tables_(model)
+
+
+def _untie_tables_(model: "PreTrainedModel") -> None:
+    """Takes packed tables out of what is tied, as by the class of another task: they share their numbers with none."""
+    packed = {name for name, module in model.named_modules() if isinstance(module, PackedEmbedding)}
+    for pair in list(model.all_tied_weights_keys.items()):
+        if not packed.isdisjoint(name.rpartition(".")[0] for name in pair):
+            del model.all_tied_weights_keys[pair[0]]
+            model.config.tie_word_embeddings = False
 
 
 def match_modules(model: "PreTrainedModel", names: Sequence[str], modules: Mapping[str, nn.Module]) -> list[str]:

@@ -12,7 +12,15 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from hf_compress.checkpoint.config import METHOD, CompressionConfig
-from hf_compress.checkpoint.inner import inner_quantizer, make_safe_, mark_inner_, stored_conversions, stored_state
+from hf_compress.checkpoint.inner import (
+    cast_plain_,
+    inner_quantizer,
+    make_safe_,
+    mark_inner_,
+    plain_dtypes,
+    stored_conversions,
+    stored_state,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,6 +39,7 @@ class CompressionQuantizer(HfQuantizer):
         self.inner = inner_quantizer(quantization_config, quantization_config.inner)
         self._sparse: dict[str, str] = {}
         self._refused: list[str] = []
+        self._dtypes: dict[str, torch.dtype] = {}
 
     def _process_model_before_weight_loading(self, model: "PreTrainedModel", **settings: Any) -> None:
         # Imported here because importing hf_compress must not import the models' code.
@@ -44,6 +53,7 @@ class CompressionQuantizer(HfQuantizer):
         # Last, because the other library reads the widths off the modules that it replaces.
         self.inner._process_model_before_weight_loading(model, **settings)
         make_safe_(model, self.inner)
+        self._dtypes = plain_dtypes(model, self.inner)
         self._sparse = match_parameters(model, self.quantization_config.sparse or [])
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: "PreTrainedModel") -> list[Any]:
@@ -68,6 +78,7 @@ class CompressionQuantizer(HfQuantizer):
             for config in configs(model):
                 vars(config).pop("_is_quantized", None)
         write_config_(model, self.quantization_config.widths, list(self._sparse.values()))
+        cast_plain_(model, self._dtypes)
         mark_inner_(model, self.inner)
         return model
 

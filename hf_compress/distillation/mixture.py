@@ -1,6 +1,7 @@
 """Several teachers as one: their soft targets mixed, as functions of tensors."""
 
 import torch
+from torch.nn.functional import logsigmoid
 
 from hf_compress.distillation import losses
 from hf_compress.modeling.tasks import IGNORED
@@ -35,8 +36,9 @@ def mix_logits(
     if problem in ("regression", "embedding"):
         return (shares * logits).sum(0)
     if problem == "multi_label_classification":
-        yes, no = ((sign * logits / temperature).sigmoid() for sign in (1, -1))
-        return temperature * ((shares * yes).sum(0).log() - (shares * no).sum(0).log())
+        # Of logarithms, because those of very sure teachers would be of 0.
+        yes, no = ((logsigmoid(sign * logits / temperature) + shares.log()).logsumexp(0) for sign in (1, -1))
+        return temperature * (yes - no)
     logits = logits / temperature
     if class_mask is not None:
         logits = logits.masked_fill(~class_mask, torch.finfo(logits.dtype).min)

@@ -48,7 +48,7 @@ def check_whole(model: nn.Module, name: str) -> None:
     Raises:
         ValueError: if it has weights that are not in this process.
     """
-    missing = [path for path, value in model.named_parameters() if value.is_meta or value.numel() == 0]
+    missing = [path for path, value in model.named_parameters() if _is_missing(model, path, value)]
     if missing:
         raise ValueError(
             f"{name} has no values for {len(missing)} of its weights in this process ({missing[0]} is the first): it "
@@ -56,6 +56,13 @@ def check_whole(model: nn.Module, name: str) -> None:
             "zero3_init_flag: false (DeepSpeed) or fsdp_cpu_ram_efficient_loading: false (FSDP) in the configuration "
             "of accelerate, as the files in scripts/accelerate_configs do."
         )
+
+
+def _is_missing(model: nn.Module, path: str, value: nn.Parameter) -> bool:
+    # Projections of a part that was removed have no inputs or no outputs.
+    owner = model.get_submodule(path.rpartition(".")[0])
+    is_removed = 0 in [getattr(owner, width, None) for width in ("in_features", "out_features", "nx", "nf")]
+    return value.is_meta or (value.numel() == 0 and not is_removed)
 
 
 def _check_sharding(teacher: nn.Module, accelerator: Accelerator, is_placed: bool) -> None:

@@ -134,7 +134,8 @@ def _compression(model: "PreTrainedModel") -> Any:
 
 def _check_teacher(teacher: "PreTrainedModel", config: StudentConfig) -> None:
     compression = _compression(teacher)
-    if compression is not None and compression["quant_method"] != METHOD:
+    is_packed = getattr(unwrap(teacher), "is_quantized", False)
+    if compression is not None and (compression["quant_method"] != METHOD or is_packed):
         raise ValueError(
             f"The teacher {type(teacher).__name__} is quantized ({compression['quant_method']}): a student of it "
             "could not be trained. Make the student from the full-precision model, then quantize the student."

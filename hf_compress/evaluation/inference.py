@@ -87,7 +87,10 @@ def task_logits(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
         `torch.Tensor`: `(batch, classes)` or `(batch, length, classes)`; for question answering `(batch, 2, length)`,
         start then end, with -100 at padding so that the answer cannot depend on how far a batch is padded.
     """
-    outputs = model(**model_inputs(model, batch), return_dict=True)
+    inputs = model_inputs(model, batch)
+    if task_of(model) == "causal-lm":
+        inputs |= _positions(model, inputs)
+    outputs = model(**inputs, return_dict=True)
     if task_of(model) != "question-answering":
         return outputs.logits
     logits = torch.stack([outputs.start_logits, outputs.end_logits], dim=1)
@@ -95,6 +98,14 @@ def task_logits(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
         is_padding = batch["attention_mask"].to(logits.device)[:, None, :] == 0
         logits = logits.masked_fill(is_padding, IGNORED)
     return logits
+
+
+def _positions(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Positions that begin at the first token of each row, for batches that are padded on the left."""
+    mask = inputs.get("attention_mask")
+    if mask is None or mask[:, 0].all() or "position_ids" in inputs or "position_ids" not in forward_columns(model):
+        return {}
+    return {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
 
 
 def task_labels(task: str, batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
@@ -106,16 +117,21 @@ def task_labels(task: str, batch: Mapping[str, torch.Tensor]) -> torch.Tensor | 
 
     Returns:
         `torch.Tensor` or `None`: Labels, -100 where a position does not count. A causal language model without a
-        label column predicts its own input, except padding.
+        label column predicts its own input, except padding, and never a row's first token, which nothing precedes.
     """
     if task == "question-answering" and {"start_positions", "end_positions"} <= set(batch):
         return torch.stack([batch["start_positions"], batch["end_positions"]], dim=1)
-    if "labels" in batch:
-        return batch["labels"]
-    if task == "causal-lm":
-        is_token = batch["attention_mask"] != 0 if "attention_mask" in batch else torch.ones_like(batch["input_ids"])
-        return batch["input_ids"].masked_fill(~is_token.bool(), IGNORED)
-    return None
+    if task == "causal-lm" and ("labels" in batch or "input_ids" in batch):
+        labels = batch["labels"] if "labels" in batch else batch["input_ids"]
+        if "attention_mask" not in batch:
+            return labels
+        is_token = batch["attention_mask"] != 0
+        is_first = is_token & (is_token.cumsum(-1) == 1)
+        # The first column is never predicted, and stays as it was given.
+        is_first[:, 0] = False
+        ignored = is_first if "labels" in batch else is_first | ~is_token
+        return labels.masked_fill(ignored, IGNORED)
+    return batch.get("labels")
 
 
 def batches(

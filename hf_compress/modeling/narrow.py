@@ -263,6 +263,11 @@ def _heads_of_hidden(hidden_size: int, num_heads: int | None, head_dim: int, sta
 
 def _check_heads(wanted: int, attentions: list[Attention], stack: str, hidden_size: int | None) -> None:
     fewest = min(part.num_heads for part in attentions)
+    if fewest == 0:
+        raise ValueError(
+            f"The heads of the {stack} cannot be cut to one number, because an attention of it was removed: leave "
+            "num_heads and hidden_size out, or make the student from the model as it was before."
+        )
     if wanted > fewest:
         asked = f"num_heads={wanted}" if hidden_size is None else f"hidden_size={hidden_size}, thus {wanted} heads,"
         advice = f"1 to {fewest} heads" if hidden_size is None else f"at most {fewest * attentions[0].head_dim}"

@@ -10,13 +10,13 @@ from transformers.pytorch_utils import Conv1D
 
 
 def in_width(projection: nn.Module) -> int:
-    """Number of inputs of an `nn.Linear` or `Conv1D`."""
-    return projection.weight.shape[_in_axis(projection)]
+    """Number of inputs of an `nn.Linear`, a `Conv1D`, or a module in a number format that stands for one."""
+    return projection.nx if isinstance(projection, Conv1D) else projection.in_features
 
 
 def out_width(projection: nn.Module) -> int:
-    """Number of outputs of an `nn.Linear` or `Conv1D`."""
-    return projection.weight.shape[1 - _in_axis(projection)]
+    """Number of outputs of an `nn.Linear`, a `Conv1D`, or a module in a number format that stands for one."""
+    return projection.nf if isinstance(projection, Conv1D) else projection.out_features
 
 
 def read_matrix(projection: nn.Module) -> torch.Tensor:

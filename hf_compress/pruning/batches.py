@@ -58,9 +58,10 @@ def _read_batch(model: nn.Module, batch: Any, wanted: set[str]) -> Batch:
             f"A calibration batch has the columns {sorted(batch)}, but {type(model).__name__} needs "
             f"{model.main_input_name!r}: give tokenized batches."
         )
-    if model.config.is_encoder_decoder and "decoder_input_ids" not in read and "labels" in read:
+    if model.config.is_encoder_decoder and "labels" in read:
         if hasattr(model, "prepare_decoder_input_ids_from_labels"):
-            read["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=read["labels"])
+            if "decoder_input_ids" not in read:
+                read["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=read["labels"])
             # Position i of the decoder predicts label i; where there is none, it reads padding.
             read.setdefault("decoder_attention_mask", (read["labels"] != IGNORED).long())
     if "input_ids" in read and "attention_mask" not in read:

@@ -189,7 +189,7 @@ def activation_scores(
 
             def add(part: Part, inputs: torch.Tensor, batch: Batch = batch) -> None:
                 mask = token_mask(batch, stacks[part.name], inputs.shape[1])
-                sums = (inputs.float().square() * mask[..., None]).flatten(0, -2).sum(0).double().cpu()
+                sums = (inputs.float().square() * mask[..., None]).flatten(0, -2).sum(0).cpu().double()
                 squares[part.name] = squares[part.name] + sums
 
             with visit_inputs([part for site in sites for part in site.parts], add):
@@ -253,7 +253,7 @@ def obs_removals(
                 has_bias = part.output.bias is not None
                 gram = moments[part.name].xx(has_bias)
                 check_finite(part.name, gram)
-                weight = root @ read_matrix(part.output).double().cpu()
+                weight = root @ read_matrix(part.output).cpu().double()
                 curves[site_of[part.name].name].append((weight, gram.cpu(), unit_size(part)))
             for site in {site_of[part.name] for part in parts}:
                 if len(curves[site.name]) == len(site.parts):

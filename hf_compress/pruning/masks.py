@@ -11,6 +11,15 @@ from typing import Literal
 import torch
 
 
+def true_share(flags: torch.Tensor) -> float:
+    """How many of some flags are True, as a share of 1; exact, and without the float64 that not every device has.
+
+    Args:
+        flags (`torch.Tensor`): Booleans of any shape, at least one.
+    """
+    return flags.sum().item() / flags.numel()
+
+
 class InputMeans:
     """A mean over the inputs of a layer, gathered batch by batch: products in float32, sums in float64 on the CPU.
 

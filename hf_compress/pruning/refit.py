@@ -144,7 +144,7 @@ def refit_(part: Part, kept: torch.Tensor, moments: Moments, config: StructuredP
     projection = part.output
     has_bias = projection.bias is not None
     inputs = torch.tensor(spread(kept.tolist(), unit_size(part)), dtype=torch.long)
-    old = read_matrix(projection).double().cpu()
+    old = read_matrix(projection).cpu().double()
     weight, bias = old[:, inputs], None
     if config.repair == "least_squares":
         weight, bias = fit_projection(moments, inputs, weight, config.ridge, has_bias)

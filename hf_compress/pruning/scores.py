@@ -17,7 +17,8 @@ def weight_norm(weights: torch.Tensor, norm: str) -> torch.Tensor:
     Returns:
         `torch.Tensor`: Shape (units,), float64.
     """
-    return torch.linalg.vector_norm(weights, _ORDERS[norm], dim=1, dtype=torch.float64).cpu()
+    # Not every accelerator has float64.
+    return torch.linalg.vector_norm(weights.cpu(), _ORDERS[norm], dim=1, dtype=torch.float64)
 
 
 def activation(weight: torch.Tensor, squares: torch.Tensor, unit_size: int) -> torch.Tensor:

@@ -147,13 +147,13 @@ def _add_batch(model, sites, parts, batch: Batch, found: Sensitivity, use_labels
             target, wanted, factor.to(target), retain_graph=index < len(factors) - 1, materialize_grads=True
         )
         for name, gradient in zip(gates, gradients, strict=False):
-            gradient = gradient.double().cpu()
+            gradient = gradient.cpu().double()
             found.fisher[name] += gradient.square().sum(0)
             found.taylor[name] += gradient.abs().sum(0)
         for (name, _), gradient in zip(given, gradients[len(gates) :], strict=True):
             norms[name] = norms[name] + gradient.float().square().sum(-1).cpu()
             flat = gradient.float().flatten(0, -2)
-            found.metric[name] = found.metric[name] + (flat.T @ flat).double().cpu()
+            found.metric[name] = found.metric[name] + (flat.T @ flat).cpu().double()
     for name, value in norms.items():
         found.tokens[name].append(value)
 

@@ -15,6 +15,7 @@ from hf_compress.modeling.projections import in_width
 from hf_compress.modeling.tasks import forward_columns, unwrap
 from hf_compress.pruning.batches import Batch, read_batches
 from hf_compress.pruning.latency import time_in_turn
+from hf_compress.pruning.masks import true_share
 from hf_compress.pruning.sensitivity import frozen
 from hf_compress.pruning.sparse_formats import PACKERS, best_group, block_share, why_not
 from hf_compress.pruning.sparse_modules import can_be_sparse, make_dense_, make_sparse_
@@ -104,7 +105,7 @@ def use_sparse_kernels_(
             LayerKernel(
                 layer=layer.name,
                 shape=tuple(layer.weight.shape),
-                sparsity=(layer.weight == 0).double().mean().item(),
+                sparsity=true_share(layer.weight == 0),
                 chosen=chosen.get(layer, "dense"),
                 n_tokens=n_tokens.get(layer),
                 times=medians.get(layer, {}),
@@ -149,7 +150,7 @@ def dense_kernels(model: nn.Module) -> Iterator[None]:
 
 
 def _with_zeros(layers: Sequence[Layer]) -> list[Layer]:
-    found = [layer for layer in layers if (layer.weight == 0).double().mean() >= LEAST_SPARSITY]
+    found = [layer for layer in layers if true_share(layer.weight == 0) >= LEAST_SPARSITY]
     for layer in found:
         if not can_be_sparse(layer.module):
             raise TypeError(
@@ -214,8 +215,8 @@ def _kind(layer: Layer) -> tuple[Any, ...]:
     """Layers of one kind take the same time."""
     weight, is_live = layer.weight, layer.weight != 0
     group = best_group(weight)
-    shares = [is_live.double().mean().item(), block_share(weight, group, 1)]
-    shares += [is_live.any(axis).double().mean().item() for axis in (0, 1)]
+    shares = [true_share(is_live), block_share(weight, group, 1)]
+    shares += [true_share(is_live.any(axis)) for axis in (0, 1)]
     shares += [block_share(weight, 16, 16)] if not any(width % 16 for width in weight.shape) else []
     return (
         type(layer.module),

@@ -14,6 +14,8 @@ from typing import Literal
 import torch
 from torch.nn import functional
 
+from hf_compress.pruning.masks import true_share
+
 SparseFormat = Literal["csr", "bsr", "row_groups", "sliced", "semi_structured"]
 Multiply = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
 
@@ -203,7 +205,7 @@ def block_share(weight: torch.Tensor, rows: int, columns: int) -> float:
         columns (`int`): Of a block, a divisor of the inputs.
     """
     blocks = (weight != 0).unflatten(0, (-1, rows)).unflatten(2, (-1, columns))
-    return blocks.any(3).any(1).double().mean().item()
+    return true_share(blocks.any(3).any(1))
 
 
 @contextmanager

@@ -57,11 +57,12 @@ def find_sites(blocks: Iterable[Block], kinds: Iterable[UnitKind] = ("heads", "n
                 # Its place is that of its first part; the others join it as they come.
                 shared[name] = []
                 sites.append(Site(name, "heads", ()))
-            shared[name].append(part)
+            if part.num_heads:
+                shared[name].append(part)
         if "neurons" in kinds:
             sites.append(Site(f"{place}.ffn", "neurons", (block.ffn,), block.repeats))
     filled = [Site(site.name, site.kind, tuple(shared.get(site.name, site.parts)), site.repeats) for site in sites]
-    return [site for site in filled if site.n_units > 0]
+    return [site for site in filled if site.parts and site.n_units > 0]
 
 
 def count_units(part: Part) -> int:

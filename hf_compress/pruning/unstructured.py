@@ -24,6 +24,7 @@ from hf_compress.pruning.masks import (
     owl_shares,
     pool,
     square_sums,
+    true_share,
     wanda_scores,
 )
 from hf_compress.pruning.sensitivity import frozen
@@ -336,7 +337,7 @@ def measure_sparsity(
         raise ValueError("An output error needs both: give reference, the model before, and batches, or neither.")
     model = unwrap(model)
     layers = find_layers(model)
-    found = {layer.name: {"sparsity": (layer.weight == 0).double().mean().item()} for layer in layers}
+    found = {layer.name: {"sparsity": true_share(layer.weight == 0)} for layer in layers}
     if reference is None:
         return found
     for name, error in _output_errors(model, unwrap(reference), layers, read_batches(model, batches)).items():

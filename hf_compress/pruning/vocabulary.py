@@ -74,6 +74,11 @@ def _check_fit(model: PreTrainedModel, vocabulary: PieceVocabulary) -> None:
     name = type(unwrap(model)).__name__
     if not embeddings:
         raise ValueError(f"{name} has no tokens to prune: its inputs are not text. Give a text model.")
+    if not embeddings[0].weight.is_floating_point():
+        raise ValueError(
+            f"The embeddings of {name} are quantized, and their rows cannot be cut: cut the vocabulary of the "
+            "full-precision model, and quantize it then."
+        )
     n_rows, largest = embeddings[0].num_embeddings, max(vocabulary.ids.values())
     if largest >= n_rows:
         raise ValueError(

@@ -54,7 +54,7 @@ def quantize_bitsandbytes_(model: PreTrainedModel, config: BitsAndBytesConfig, d
     """
     _check_config(config)
     AutoHfQuantizer.from_config(config).validate_environment()
-    modules = _choose(model, config)
+    modules = choose_projections(model, config)
     make = _make_8bit if config.load_in_8bit else _make_4bit
     for name, module in modules.items():
         _check_weight(name, module, config)
@@ -110,7 +110,19 @@ def _check_config(config: BitsAndBytesConfig) -> None:
             raise ValueError(f"{option}=True {purpose}; a model in memory is quantized where it is: leave it out.")
 
 
-def _choose(model: PreTrainedModel, config: BitsAndBytesConfig) -> dict[str, nn.Module]:
+def choose_projections(model: PreTrainedModel, config: BitsAndBytesConfig) -> dict[str, nn.Module]:
+    """The projections that bitsandbytes quantizes; the widths of those that 4 bits cannot take are logged.
+
+    Args:
+        model (`PreTrainedModel`): A model of a known architecture, in floating point.
+        config (`BitsAndBytesConfig`): Names what stays in floating point besides the task head.
+
+    Returns:
+        `dict[str, nn.Module]`: By dotted name.
+
+    Raises:
+        ValueError: if none is left.
+    """
     chosen = choose_modules(model, config.llm_int8_skip_modules or ())
     # What bitsandbytes' quantizer passes over when it rebuilds the model, it must not find quantized.
     float32 = list(model._keep_in_fp32_modules or [])
@@ -119,6 +131,11 @@ def _choose(model: PreTrainedModel, config: BitsAndBytesConfig) -> dict[str, nn.
         for name, module in chosen.items()
         if type(module) in (nn.Linear, Conv1D) and should_convert_module(name, float32)
     }
+    if not chosen:
+        raise ValueError(
+            f"llm_int8_skip_modules={config.llm_int8_skip_modules} leaves nothing to quantize, besides what "
+            f"{type(model).__name__} keeps in float32: name fewer modules."
+        )
     if config.load_in_8bit:
         return chosen
     odd = [name for name, module in chosen.items() if not fits_4bit(module)]

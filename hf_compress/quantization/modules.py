@@ -60,7 +60,7 @@ def choose_modules(
 
 
 def check_float(model: PreTrainedModel) -> None:
-    """Raises if a model is quantized already.
+    """Raises if a model is quantized already, or has adapters.
 
     Args:
         model (`PreTrainedModel`): The model.
@@ -68,6 +68,11 @@ def check_float(model: PreTrainedModel) -> None:
     Raises:
         ValueError: if so.
     """
+    if any(name.endswith(".base_layer") for name, _ in model.named_modules()):
+        raise ValueError(
+            f"The model {type(model).__name__} has adapters, whose own layers would be rounded too: give "
+            "`peft_model.merge_and_unload()`, or quantize the model first and add adapters then."
+        )
     if getattr(model, "is_quantized", False) or any(isinstance(module, PackedModule) for module in model.modules()):
         method = getattr(model.config, "quantization_config", None)
         raise ValueError(

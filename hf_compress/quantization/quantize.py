@@ -9,9 +9,9 @@ from transformers import BitsAndBytesConfig
 
 from hf_compress.modeling.tasks import unwrap
 from hf_compress.quantization.binary import quantize_binary_
-from hf_compress.quantization.bitsandbytes import quantize_bitsandbytes_
+from hf_compress.quantization.bitsandbytes import choose_projections, quantize_bitsandbytes_
 from hf_compress.quantization.config import BinaryConfig, FixedPointConfig, FloatConfig, Int8DynamicConfig
-from hf_compress.quantization.fake_quant import check_prepared
+from hf_compress.quantization.fake_quant import check_prepared, fake_quantized
 from hf_compress.quantization.fixed_point import quantize_fixed_point_
 from hf_compress.quantization.float import cast_
 from hf_compress.quantization.gate import Evaluate, Gate, exclude, excluded_names, find_exclusions
@@ -89,10 +89,23 @@ def quantize_(
     model = unwrap(model)
     check_prepared(model, config)
     if evaluate is not None:
-        excluded = excluded_names(config)
-        takes_tables = getattr(config, "embeddings", False)
-        names = [] if excluded is None else list(choose_modules(model, excluded, takes_tables))
+        if fake_quantized(model):
+            raise ValueError(
+                "The model was trained with all of these modules rounded, so that none can be left out now: leave "
+                "evaluate out, or name modules in exclude before fake_quantize_ and train again."
+            )
+        names = _names(model, config)
         data = None if data is None else list(data)
         gate = Gate(evaluate, max_drop)
         config = exclude(config, find_exclusions(model, config, names, lambda m, c: quantize_(m, c, data), gate))
     _STEPS[type(config)](model, config, data)
+
+
+def _names(model: nn.Module, config: Any) -> list[str]:
+    """The modules that a config quantizes; none for one that takes the whole model."""
+    excluded = excluded_names(config)
+    if excluded is None:
+        return []
+    if isinstance(config, BitsAndBytesConfig):
+        return list(choose_projections(model, config))
+    return list(choose_modules(model, excluded, getattr(config, "embeddings", False)))

@@ -18,6 +18,8 @@ from torch import nn
 from hf_compress import DistillationArguments
 from hf_compress.distillation.placement import check_whole, place_teacher
 from hf_compress.distillation.processes import ProcessesMixin, name_blocks_, unreached
+from hf_compress.modeling.blocks import find_blocks
+from hf_compress.modeling.removal import remove_attention_, remove_ffn_
 from tests.distillation.tiny import make_trainer, tiny_model
 from tests.distillation.two_processes import CASES
 
@@ -109,6 +111,9 @@ def test_deepspeed_and_chunks_exclude_each_other():
 
 def test_models_without_their_weights_raise():
     model = tiny_model("single-label")
+    # What was removed has no values, and lacks none.
+    remove_attention_(find_blocks(model)[0].attention)
+    remove_ffn_(find_blocks(model)[0].ffn)
     check_whole(model, "The teacher")
     model.classifier.weight = nn.Parameter(torch.empty(0))
     with pytest.raises(ValueError, match="The teacher has no values for 1 of its weights.*classifier.weight"):

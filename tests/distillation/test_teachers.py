@@ -1,6 +1,7 @@
 """Several teachers, missing labels, other vocabularies, and teachers that are not worth learning from."""
 
 import logging
+import math
 
 import pytest
 import torch
@@ -28,6 +29,12 @@ def test_the_mixture_is_the_mean_of_the_softened_distributions():
     torch.testing.assert_close((mixed / 2).softmax(-1), expected)
     mixed = mix_logits("multi_label_classification", logits, weights, temperature=2.0)
     torch.testing.assert_close((mixed / 2).sigmoid(), (weights[:, None, None] * (logits / 2).sigmoid()).sum(0))
+    sure = torch.tensor([[[-120.0, 3.0]], [[-110.0, 2.0]]])
+    mixed = mix_logits("multi_label_classification", sure, torch.tensor([0.5, 0.5]))
+    # log(e^-120 / 2 + e^-110 / 2), where e^-120 is 0 in float32.
+    expected = torch.logsumexp(sure[:, 0, 0].double() - math.log(2), 0)
+    assert mixed[0, 0].item() == pytest.approx(expected.item())
+    assert losses.bernoulli_kl_divergence(torch.zeros(1, 2), mixed).isfinite().all()
     mixed = mix_logits("regression", logits, weights)
     torch.testing.assert_close(mixed, (weights[:, None, None] * logits).sum(0))
 

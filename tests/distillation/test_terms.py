@@ -8,11 +8,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForSequenceClassification
 
-from hf_compress import DistillationArguments, StageConfig, TermConfig
+from hf_compress import DistillationArguments, StageConfig, StudentConfig, TermConfig, make_student
 from hf_compress.distillation.inner_terms import plan_terms
 from hf_compress.modeling.blocks import find_blocks
 from hf_compress.modeling.layouts import LAYOUTS
 from hf_compress.modeling.removal import remove_attention_
+from hf_compress.quantization.config import Int8DynamicConfig
+from hf_compress.quantization.quantize import quantize
 from tests.distillation import tiny
 from tests.distillation.tiny import GradientRecorder, make_trainer, relative_difference, tiny_model, tiny_rows
 from tests.modeling import tiny as architectures
@@ -326,3 +328,12 @@ def test_teachers_of_another_architecture(tmp_path):
     trainer = make_trainer("single-label", tmp_path, teacher, student, terms=terms)
     trainer.train()
     assert all(trainer.state.log_history[0][kind.kind] > 0 for kind in terms)
+
+
+@pytest.mark.parametrize("kind", ["hidden_mse", "relations", "attention_kl"])
+def test_a_quantized_teacher_shows_its_insides(tmp_path, kind):
+    teacher = quantize(tiny_model("single-label", 2, seed=2), Int8DynamicConfig())
+    trainer = make_trainer("single-label", tmp_path, teacher, terms=[TermConfig(kind)])
+    assert trainer.train().training_loss > 0
+    with pytest.raises(ValueError, match="is quantized.*full-precision model"):
+        make_student(teacher, StudentConfig(num_layers=1))

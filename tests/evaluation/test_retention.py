@@ -177,6 +177,21 @@ def test_each_model_gets_the_columns_that_it_takes(make_bert, make_rows, tokeniz
     assert np.abs(without.logits - a.logits).max() > 1e-3, "the teacher must see token_type_ids"
 
 
+def test_perplexity_does_not_depend_on_the_padding(make_rows, tokenizer):
+    rows = make_rows().remove_columns("token_type_ids")
+    labelled = rows.add_column("labels", rows["input_ids"][:])
+    models, found = (tiny_gpt2(0), tiny_gpt2(1)), []
+    for side in ("right", "left"):
+        padding = copy.deepcopy(tokenizer)
+        padding.padding_side = side
+        for given in (rows, labelled):
+            for size in (1, 8):
+                settings = {"processing_class": padding, "batch_size": size, "n_bootstrap": 9}
+                report = score_retention(*models, given, "perplexity", **settings)
+                found.append([report.teacher, report.compressed])
+    assert found == [pytest.approx(found[0], rel=1e-5)] * 8
+
+
 def test_causal_perplexity_is_the_models_own_loss(make_rows, tokenizer):
     model, rows = tiny_gpt2(0).eval(), make_rows(n=6).remove_columns("token_type_ids")
     nll, tokens = 0.0, 0

@@ -19,6 +19,7 @@ from hf_compress.modeling.narrow import (
     strongest,
     unit_importance,
 )
+from hf_compress.modeling.removal import remove_attention_
 from hf_compress.modeling.surgery import keep_heads_, keep_neurons_
 from tests.modeling.tiny import FFN, MODEL_TYPES, class_names, predict, tiny_batch, tiny_model
 
@@ -230,5 +231,10 @@ def test_a_model_with_fewer_heads_than_the_hidden_size_asks_for():
     keep_heads_(find_blocks(model)[1].attention, [0])
     with pytest.raises(ValueError, match="hidden_size=16, thus 2 heads, cannot be cut .* has 1 heads: give at most 8"):
         plan_heads(model, 16)
+    remove_attention_(find_blocks(model)[1].attention)
+    with pytest.raises(
+        ValueError, match="encoder cannot be cut to one number, because an attention of it was removed"
+    ):
+        plan_heads(model, None, 1)
     assert [block.ffn.width for block in find_blocks(model)] == [FFN] * 3
     assert list(find_stacks(model)) == ["encoder"]

@@ -7,6 +7,7 @@ import torch
 import hf_compress as hc
 from hf_compress.evaluation.cost import count_macs
 from hf_compress.modeling.blocks import find_blocks
+from hf_compress.modeling.removal import remove_attention_
 from hf_compress.pruning import structured
 from hf_compress.pruning.batches import read_batches, token_mask
 from hf_compress.pruning.costs import Costs, measure_lengths
@@ -66,8 +67,22 @@ def test_choices_are_texts_of_their_own():
 def test_labels_tell_where_the_decoder_reads_padding():
     model = tiny_model("t5")
     batch = {name: value for name, value in tiny_batch(model).items() if name != "decoder_input_ids"}
-    (read,) = read_batches(model, [batch | {"labels": torch.tensor([[5, 6, 7, 2], [5, 2, -100, -100]])}])
-    assert token_mask(read, "decoder").tolist() == [[True] * 4, [True, True, False, False]]
+    labels = torch.tensor([[5, 6, 7, 2], [5, 2, -100, -100]])
+    # As the collator of sequence-to-sequence models gives them.
+    made = {"decoder_input_ids": model.prepare_decoder_input_ids_from_labels(labels=labels)}
+    for more in ({}, made):
+        (read,) = read_batches(model, [batch | {"labels": labels} | more])
+        assert token_mask(read, "decoder").tolist() == [[True] * 4, [True, True, False, False]]
+
+
+@pytest.mark.parametrize("model_type", ["t5", "mpnet"])
+@pytest.mark.parametrize("score", ["l2", "obs"])
+def test_stacks_of_which_an_attention_was_removed(model_type, score):
+    model = tiny_model(model_type)
+    remove_attention_(find_blocks(model)[-1].attentions[-1])
+    repair = "none" if score == "l2" else "least_squares"
+    pruned = hc.prune(model, blind(score=score, repair=repair), [tiny_batch(model)])
+    assert total_macs(pruned, [tiny_batch(model)]) <= 0.5 * total_macs(model, [tiny_batch(model)])
 
 
 @pytest.fixture

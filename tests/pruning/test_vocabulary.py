@@ -12,6 +12,8 @@ from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 from hf_compress.modeling.blocks import token_embeddings
 from hf_compress.pruning.vocabulary import prune_vocabulary
 from hf_compress.pruning.vocabulary_config import VocabularyPruningConfig
+from hf_compress.quantization.config import FixedPointConfig
+from hf_compress.quantization.quantize import quantize
 from tests.modeling.tiny import tiny_model
 from tests.pruning.tiny_tokenizers import CORPUS, OTHERS, SENTENCES, TOKENIZERS, bert, roberta, t5
 
@@ -344,3 +346,10 @@ def test_filled_up_to_a_size(kind):
 def test_filling_needs_a_size():
     with pytest.raises(ValueError, match="fill=True needs a size to fill up to: give max_size"):
         VocabularyPruningConfig(fill=True)
+
+
+def test_rounded_tables_are_refused():
+    tokenizer = bert()
+    quantized = quantize(encoder(tokenizer), FixedPointConfig(bits=8))
+    with pytest.raises(ValueError, match="embeddings of BertModel are quantized.*full-precision model, and quantize"):
+        prune_vocabulary(quantized, tokenizer, CORPUS)

@@ -143,6 +143,28 @@ def test_checkpoints_load_into_other_classes(bert, config, tmp_path):
     assert difference(predict(headed.bert, tiny_batch(bert)), predict(base, tiny_batch(bert))) == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("config", [INT8, NF4], ids=("int8", "nf4"))
+def test_checkpoints_load_in_another_dtype(bert, config, dtype, tmp_path):
+    quantize(bert, config).save_pretrained(tmp_path)
+    model = type(bert).from_pretrained(tmp_path, dtype=dtype, attn_implementation="eager")
+    plain = [weight for weight in model.parameters() if type(weight) is nn.Parameter and weight.is_floating_point()]
+    assert {weight.dtype for weight in plain} == {dtype}
+    assert model(**tiny_batch(model)).logits.dtype == dtype
+
+
+def test_the_gate_tries_what_bitsandbytes_takes():
+    model = wide_model("bert", "BertForSequenceClassification", intermediate_size=96)
+
+    def score(model) -> float:
+        return -0.01 * len(quantized_names(model))
+
+    whole = quantized_names(quantize(model, NF4))
+    kept = quantize(model, NF4, evaluate=score, max_drop=0.01 * (len(whole) - 2))
+    assert quantized_names(kept) < whole
+    assert len(quantized_names(kept)) == len(whole) - 2
+
+
 def test_a_suffix_does_not_skip_other_modules():
     model = wide_model("bert", "BertForSequenceClassification")
     excluded = "bert.encoder.layer.1.output.dense"

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from hf_compress.formats.packed import PackedModule
-from hf_compress.quantization.config import FloatConfig, Int8DynamicConfig
+from hf_compress.quantization.config import FixedPointConfig, FloatConfig, Int8DynamicConfig
 from hf_compress.quantization.gate import Gate, find_exclusions
 from hf_compress.quantization.modules import choose_modules
 from hf_compress.quantization.quantize import quantize, quantize_
+from hf_compress.quantization.training import fake_quantize_
 from tests.modeling.tiny import tiny_model
 
 
@@ -31,6 +32,13 @@ def test_the_costliest_stay(model):
     quantized = quantize(model, Int8DynamicConfig(), evaluate=count_score(costs), max_drop=0.15)
     assert packed_names(quantized) == set(names) - {names[3], names[7]}
     assert not packed_names(model)
+
+
+def test_a_trained_model_has_no_gate(model):
+    config = FixedPointConfig(bits=4)
+    fake_quantize_(model, config)
+    with pytest.raises(ValueError, match="trained with all of these modules rounded.*leave evaluate out"):
+        quantize(model, config, evaluate=lambda model: 0.5)
 
 
 def test_nothing_stays_where_all_pass(model):

@@ -186,3 +186,13 @@ def test_adapters_are_trained_on_top():
     assert losses[-1] < losses[0]
     after = adapted.unload().state_dict()
     assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_adapters_are_merged_first():
+    model = tiny_model("bert", "BertForSequenceClassification")
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["query"], init_lora_weights=False))
+    with pytest.raises(ValueError, match="has adapters.*merge_and_unload"):
+        quantize(adapted, Int8DynamicConfig())
+    merged = adapted.merge_and_unload()
+    assert any(isinstance(module, PackedModule) for module in quantize(merged, Int8DynamicConfig()).modules())

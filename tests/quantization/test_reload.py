@@ -4,7 +4,9 @@ import copy
 
 import pytest
 import torch
+import transformers
 
+from hf_compress.formats.packed import PackedEmbedding
 from hf_compress.modeling.blocks import find_blocks
 from hf_compress.modeling.surgery import keep_neurons_
 from hf_compress.quantization.config import BinaryConfig, FixedPointConfig, Int8DynamicConfig
@@ -57,3 +59,22 @@ def test_before_and_after_an_inference(model_type, format_name, is_pruned, dtype
     assert_same(once, quantized)
     predict(once, tiny_batch(once))
     assert_same(reload(once, tmp_path / "twice"), quantized)
+
+
+@pytest.mark.parametrize("config", [FixedPointConfig(bits=8), Int8DynamicConfig(embeddings=True)], ids=type)
+@pytest.mark.parametrize(
+    ("model_type", "saved", "loaded"),
+    [
+        ("bert", "BertForSequenceClassification", transformers.BertForMaskedLM),
+        ("gpt2", "GPT2ForSequenceClassification", transformers.GPT2LMHeadModel),
+    ],
+)
+def test_rounded_tables_in_a_class_that_ties_them(model_type, saved, loaded, config, tmp_path):
+    quantized = quantize(tiny_model(model_type, saved, pad_token_id=1), config)
+    quantized.save_pretrained(tmp_path / "saved")
+    model = loaded.from_pretrained(tmp_path / "saved", attn_implementation="eager").eval()
+    before, after = (dict(one.base_model.named_modules()) for one in (quantized, model))
+    packed = [name for name, module in before.items() if isinstance(module, PackedEmbedding)]
+    assert packed
+    assert all(torch.equal(before[name].weight, after[name].weight) for name in packed)
+    assert_same(reload(model, tmp_path / "again").eval(), model)
