@@ -4,7 +4,7 @@ import itertools
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -282,7 +282,12 @@ def _sample(dataset: Iterable) -> list:
             f"The data are a {type(dataset).__name__}, which can be read only once: give a Dataset, an "
             "IterableDataset or a list of rows."
         )
-    sample = list(itertools.islice(rows, _SAMPLE_ROWS))
+    if isinstance(dataset, Sized) and hasattr(dataset, "__getitem__"):
+        # From all of it: noisy copies come after rows that they share with others.
+        number = min(_SAMPLE_ROWS, len(dataset))
+        sample = [dataset[index * len(dataset) // number] for index in range(number)]
+    else:
+        sample = list(itertools.islice(rows, _SAMPLE_ROWS))
     if not sample:
         raise ValueError("The data set has 0 rows, so there is nothing to ask the teacher: give data with rows.")
     return sample

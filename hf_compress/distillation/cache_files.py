@@ -36,7 +36,7 @@ class Settings:
         autocast (`str`): The dtype that the teacher ran in, or `"float32"`.
         columns (`tuple[str, ...]`): What the teacher's forward takes, without labels.
         pooling (`str`): How a text's embedding is made of its tokens'.
-        rows (`str`): Hash of the first rows and the number of all, so that other data are noticed.
+        rows (`str`): Hash of some rows and the number of all, so that other data are noticed.
         block_rows (`int`): Rows of a block.
         version (`int`): Of the format.
     """

@@ -119,10 +119,15 @@ def stage_lengths(stages: Sequence[Stage], max_steps: int, steps_per_epoch: int)
     Raises:
         ValueError: if the stages do not fill the training, or overrun it.
     """
-    given = [
-        stage.config.steps if stage.config.epochs is None else round(stage.config.epochs * steps_per_epoch)
-        for stage in stages
-    ]
+    given: list[int | None] = []
+    epochs = 0.0
+    for stage in stages:
+        if stage.config.epochs is None:
+            given.append(stage.config.steps)
+            continue
+        # Of where each ends, because rounded lengths do not add up.
+        before, epochs = math.ceil(epochs * steps_per_epoch), epochs + stage.config.epochs
+        given.append(math.ceil(epochs * steps_per_epoch) - before)
     rest = max_steps - sum(length for length in given if length is not None)
     lengths = [rest if length is None else length for length in given]
     if sum(lengths) != max_steps or min(lengths) < 1:

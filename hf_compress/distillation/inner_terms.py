@@ -265,6 +265,41 @@ def _projected(term, pair, ours, projections) -> torch.Tensor:
     return projections[key](ours.float()) if key in projections else ours
 
 
+def embedding_width(models: Sequence[nn.Module]) -> int:
+    """Channels of the embeddings that some models make of a text.
+
+    Args:
+        models (sequence of `nn.Module`): Teachers, or the student.
+
+    Raises:
+        ValueError: if they are not the same for all.
+    """
+    widths = [hidden_width(model, next(iter(find_stacks(model)))) for model in models]
+    if len(set(widths)) > 1:
+        raise ValueError(
+            f"The teachers' embeddings have {', '.join(map(str, widths))} channels, which cannot be mixed: give "
+            "teachers of one width, or one teacher."
+        )
+    return widths[0]
+
+
+def check_tokens(term: InnerTerm, batch: Mapping[str, torch.Tensor]) -> None:
+    """Raises if a term compares token with token, and the teacher reads other tokens than the student.
+
+    Args:
+        term (`InnerTerm`): The term.
+        batch (`Mapping[str, torch.Tensor]`): With `teacher_input_ids` for a teacher with another tokenizer.
+
+    Raises:
+        ValueError: if so; lengths that are equal by padding would hide it.
+    """
+    if term.config.kind in TOKEN_KINDS and "teacher_input_ids" in batch:
+        raise ValueError(
+            f"The term {term.name} compares token with token, but the batch has teacher_input_ids, which are other "
+            "tokens: take pkd, distance, angle or contrastive, or a teacher with the student's tokenizer."
+        )
+
+
 def _check_lengths(term: InnerTerm, ours: torch.Tensor, theirs: torch.Tensor) -> None:
     if ours.shape[:2] != theirs.shape[:2]:
         raise ValueError(

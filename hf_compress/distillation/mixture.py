@@ -51,6 +51,7 @@ def confidence_weights(
     logits: torch.Tensor,
     labels: torch.Tensor | None,
     class_mask: torch.Tensor | None = None,
+    label_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """More weight, item by item, to the teachers that are closer to the label.
 
@@ -62,6 +63,7 @@ def confidence_weights(
         logits (`torch.Tensor` of shape `(teachers, items, classes)`): Outputs of two teachers or more.
         labels (`torch.Tensor` of shape `(items,)` or `(items, classes)`, *optional*): Targets of the task.
         class_mask (`torch.Tensor` of shape `(items, classes)`, *optional*): True where a class may be predicted.
+        label_mask (`torch.Tensor` of shape `(items,)`, *optional*): True where an item has a label.
 
     Returns:
         `torch.Tensor` of shape `(teachers, items)`: Sums to 1 over the teachers.
@@ -74,18 +76,27 @@ def confidence_weights(
             f"teacher_mixture='confidence' cannot weigh teachers of {problem} outputs without labels: numbers carry "
             "no probability. Use 'mean' or 'weighted', or add labels."
         )
-    each = torch.stack([_teacher_loss(problem, one, labels, class_mask) for one in logits.float()])
+    each = torch.stack([_teacher_loss(problem, one, labels, class_mask, label_mask) for one in logits.float()])
     return (1 - each.softmax(0)) / (len(each) - 1)
 
 
 def _teacher_loss(
-    problem: str, logits: torch.Tensor, labels: torch.Tensor | None, class_mask: torch.Tensor | None
+    problem: str,
+    logits: torch.Tensor,
+    labels: torch.Tensor | None,
+    class_mask: torch.Tensor | None,
+    label_mask: torch.Tensor | None,
 ) -> torch.Tensor:
     if problem == "regression":
-        return losses.squared_error(logits, labels)
+        loss = losses.squared_error(logits, labels)
+        # Nothing tells teachers of a number without a label apart.
+        return loss if label_mask is None else loss.where(label_mask, 0.0)
     if problem == "multi_label_classification":
         entropy = losses.bernoulli_soft_cross_entropy(logits, logits)
-        return entropy if labels is None else losses.binary_cross_entropy(logits, labels)
+        if labels is None:
+            return entropy
+        loss = losses.binary_cross_entropy(logits, labels)
+        return loss if label_mask is None else loss.where(label_mask, entropy)
     entropy = losses.soft_cross_entropy(logits, logits, 1.0, class_mask)
     if labels is None:
         return entropy

@@ -119,7 +119,7 @@ def _soft_values(student: Items, targets: Sequence[Targets], setting: OutputSett
     # The padding of their vocabularies may differ too.
     logits = torch.stack([target.logits[..., :n_classes] for target in targets])
     if setting.mixture == "confidence":
-        weights = confidence_weights(setting.problem, logits, student.labels, student.class_mask)
+        weights = confidence_weights(setting.problem, logits, student.labels, student.class_mask, student.label_mask)
     else:
         shares = setting.weights or (1.0,) * len(targets)
         weights = torch.tensor(shares, device=logits.device) / sum(shares)

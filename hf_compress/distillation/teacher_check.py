@@ -158,6 +158,11 @@ def check_data(dataset: Any, teachers: Sequence[nn.Module], student: nn.Module, 
         raise ValueError("The training data have 0 rows, from which nothing can be learned: give data with rows.")
     columns = getattr(dataset, "column_names", None) or ()
     if "teacher_input_ids" in columns:
+        if len(teachers) > 1:
+            raise ValueError(
+                f"The data have teacher_input_ids, which all {len(teachers)} teachers would read, whatever their "
+                "tokenizers: give one teacher, or teachers with the student's tokenizer and no such column."
+            )
         return
     known = [one if isinstance(one, PreTrainedTokenizerBase) else None for one in tokenizers]
     for teacher in teachers:

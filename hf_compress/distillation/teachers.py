@@ -25,6 +25,7 @@ from hf_compress.modeling.tasks import (
     forward_columns,
     matching_columns,
     shared_task,
+    task_of,
     unwrap,
 )
 
@@ -160,6 +161,8 @@ class Teacher:
         Returns:
             `Targets`: Logits, or the likeliest classes.
         """
+        if f"{OWN}input_ids" in batch:
+            self._check_own_tokens(batch)
         if "top_indices" in signals:
             indices, log_probs = (
                 items_of(self.task, {"logits": signals[name]}, batch).logits
@@ -170,17 +173,29 @@ class Teacher:
             if "embedding" in signals:
                 return Targets(signals["embedding"])
             return Targets(items_of(self.task, signals, {**batch, **self._own_mask(batch)}, pooling).logits)
-        if self.task == "question-answering" and f"{OWN}input_ids" in batch:
-            raise ValueError(
-                "The batch has teacher_input_ids, but answers are positions in a text, which another tokenizer counts "
-                "differently: give a teacher with the student's tokenizer."
-            )
         if self.task == "token-classification" and POSITIONS in batch:
             signals = {**signals, "logits": gather_positions(signals["logits"], batch[POSITIONS])}
         logits = items_of(self.task, signals, batch, pooling).logits
         if is_chunked:
             return Targets(logits, head=unwrap(self.model).get_output_embeddings())
         return Targets(self.in_order(logits))
+
+    def _check_own_tokens(self, batch: Mapping[str, torch.Tensor]) -> None:
+        if self.task == "question-answering":
+            raise ValueError(
+                "The batch has teacher_input_ids, but answers are positions in a text, which another tokenizer counts "
+                "differently: give a teacher with the student's tokenizer."
+            )
+        if self.task in LANGUAGE_MODELS:
+            raise ValueError(
+                "The batch has teacher_input_ids, but a language model predicts tokens, which another tokenizer cuts "
+                "and numbers differently: give a teacher with the student's tokenizer."
+            )
+        if self.task == "token-classification" and POSITIONS not in batch:
+            raise ValueError(
+                "The batch has teacher_input_ids, but nothing says which of these tokens stand for which of the "
+                "student's: make them with add_teacher_inputs(..., words_column=...)."
+            )
 
     def in_order(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits in the student's order of labels, without the padding of the vocabulary.
@@ -272,19 +287,21 @@ def check_vocabulary(teacher: nn.Module, student: nn.Module, tokenizers: Sequenc
     if "input_ids" not in forward_columns(student):
         return
     are_known = all(tokenizer is not None for tokenizer in tokenizers)
+    if task_of(student) in (*LANGUAGE_MODELS, "question-answering"):
+        advice = "Tokens and their places are what this task is about: give a teacher with the student's tokenizer"
+    else:
+        advice = "Give the teacher its own inputs with add_teacher_inputs and TeacherCollator"
     if are_known and not is_same_vocabulary(*tokenizers):
         raise ValueError(
             f"Student and teacher cannot read the same input_ids: their tokenizers differ "
-            f"({len(tokenizers[0])} and {len(tokenizers[1])} tokens). Give the teacher its own inputs with "
-            "add_teacher_inputs and TeacherCollator."
+            f"({len(tokenizers[0])} and {len(tokenizers[1])} tokens). {advice}."
         )
     ours, theirs = (unwrap(model).config.vocab_size for model in (student, teacher))
     if ours != theirs and not are_known:
         raise ValueError(
             f"The teacher has {theirs} tokens, the student {ours}, so they may not read the same input_ids. Make the "
             "student with make_student; pass both tokenizers, as processing_class and teacher_processing_class, if "
-            "they agree and only the padding of the vocabulary differs; or give the teacher its own inputs with "
-            "add_teacher_inputs and TeacherCollator."
+            f"they agree and only the padding of the vocabulary differs. {advice}."
         )
 
 

@@ -18,7 +18,7 @@ from hf_compress.distillation.card import CardMixin
 from hf_compress.distillation.chunked import bypassed_head, check_head
 from hf_compress.distillation.curriculum import plan_stages
 from hf_compress.distillation.efficiency import check_embeddings, plain_attention_pays, training_shortcuts
-from hf_compress.distillation.inner_terms import Masks, compute_term, hidden_width, make_projections
+from hf_compress.distillation.inner_terms import Masks, check_tokens, compute_term, embedding_width, make_projections
 from hf_compress.distillation.objective import (
     LANGUAGE_MODELS,
     OWN,
@@ -39,7 +39,6 @@ from hf_compress.distillation.teacher_check import check_data, check_teachers, l
 from hf_compress.distillation.teachers import Teacher, check_pair, own_columns
 from hf_compress.distillation.term_log import TermLog, gradient_shares
 from hf_compress.distillation.trained_projections import ProjectionMixin
-from hf_compress.modeling.blocks import find_stacks
 from hf_compress.modeling.tasks import CLASSIFICATION, forward_columns, problem_type, unwrap
 
 
@@ -123,7 +122,7 @@ class DistillationTrainer(StageMixin, ProcessesMixin, ProjectionMixin, CardMixin
         terms = [term for stage in self.stages for term in stage.terms]
         projections = make_projections(terms, self.model, models)
         if self.task == "feature-extraction":
-            ours, theirs = (hidden_width(one, list(find_stacks(one))[0]) for one in (self.model, models[0]))
+            ours, theirs = embedding_width([self.model]), embedding_width(models)
             if ours != theirs:
                 projections["output"] = nn.Linear(ours, theirs)
         return projections.to(self.args.device)
@@ -245,6 +244,7 @@ class DistillationTrainer(StageMixin, ProcessesMixin, ProjectionMixin, CardMixin
         terms = self._output_terms(outputs, inputs, counts, answers, weights)
         own = self._probe.take() if self._probe is not None else {}
         for term in inner:
+            check_tokens(term, inputs)
             masks = self._masks(term, inputs)
             found = compute_term(term, own, answers[term.config.teacher], self.projections, masks)
             terms[term.name] = losses.average(_flat(found.values), counts[found.unit], _flat(found.mask))

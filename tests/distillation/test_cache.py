@@ -269,3 +269,12 @@ def test_streams_and_data_sets_are_read_alike(tmp_path):
 def test_impossible_settings_raise(settings, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         build(tmp_path, "single-label", **settings)
+
+
+def test_rows_that_differ_late_are_other_rows(tmp_path):
+    rows = tiny_rows("single-label") * 40
+    other = [*rows[:-40], *({**row, "input_ids": row["input_ids"][::-1]} for row in rows[-40:])]
+    for _ in range(2):
+        build(tmp_path / "cache", "single-label", rows=rows)
+    with pytest.raises(ValueError, match="other"):
+        build(tmp_path / "cache", "single-label", rows=other)

@@ -102,10 +102,38 @@ def test_only_texts_as_a_whole_are_compared_inside(tmp_path):
     trainer = trainer_of("single-label", tmp_path, rows, collator, LETTERS, teacher, terms=terms)
     trainer.train()
     assert all(trainer.state.log_history[0][term.kind] > 0 for term in terms)
-    with pytest.raises(ValueError, match="with another tokenizer or patch size take pkd"):
-        trainer_of(
-            "single-label", tmp_path, rows, collator, LETTERS, teacher, terms=[TermConfig("hidden_mse")]
-        ).train()
+    terms = [TermConfig("hidden_mse")]
+    # Also where padding makes both of one length.
+    long = rows.map(
+        lambda row: {
+            name: [0] * (20 - len(row[name])) + row[name]
+            for name in ("input_ids", "attention_mask", "teacher_input_ids", "teacher_attention_mask")
+        }
+    )
+    for each in (rows, long):
+        with pytest.raises(ValueError, match="teacher_input_ids, which are other tokens: take pkd"):
+            trainer_of("single-label", tmp_path, each, collator, LETTERS, teacher, terms=terms).train()
+
+
+@pytest.mark.parametrize("task", ["masked-lm", "causal-lm"])
+def test_language_models_need_the_same_tokenizer(task, tmp_path):
+    teacher = tiny_model(task, 2, seed=2, vocab_size=len(WORDS))
+    rows = add_teacher_inputs(classified().remove_columns("labels"), WORDS)
+    collator = TeacherCollator(DataCollatorForTokenClassification(LETTERS), WORDS)
+    labelled = rows.add_column("labels", rows["input_ids"][:])
+    with pytest.raises(ValueError, match="a language model predicts tokens, which another tokenizer cuts"):
+        trainer_of(task, tmp_path, labelled, collator, LETTERS, teacher).train()
+    plain = classified()
+    with pytest.raises(ValueError, match="give a teacher with the student's tokenizer"):
+        trainer_of(task, tmp_path, plain, None, LETTERS, teacher)
+
+
+def test_one_teacher_alone_reads_its_own_tokens(tmp_path):
+    rows = add_teacher_inputs(classified(), WORDS)
+    teachers = [tiny_model("single-label", 2, seed=2, vocab_size=len(one)) for one in (LETTERS, WORDS)]
+    collator = TeacherCollator(DataCollatorWithPadding(LETTERS), WORDS)
+    with pytest.raises(ValueError, match="teacher_input_ids, which all 2 teachers would read"):
+        trainer_of("single-label", tmp_path, rows, collator, LETTERS, teachers)
 
 
 def labelled_words(tokenizer) -> Dataset:

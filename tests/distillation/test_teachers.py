@@ -76,6 +76,26 @@ def test_confidence_prefers_the_teacher_that_is_right():
     assert without[0] > without[1]
 
 
+def test_items_without_a_label_are_weighed_by_entropy():
+    logits = 3 * torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([True, False, True, False])
+    labels = torch.tensor([[1.0, 0.0, 1.0]] * 4) * mask[:, None]
+    labelled, unlabelled, mixed = (
+        confidence_weights("multi_label_classification", logits, given, None, which)
+        for given, which in ((labels, None), (None, None), (labels, mask))
+    )
+    torch.testing.assert_close(mixed, labelled.where(mask, unlabelled))
+    numbers = confidence_weights("regression", logits[..., :1], labels[:, :1], None, mask)
+    torch.testing.assert_close(numbers[:, ~mask], torch.full((2, 2), 0.5))
+
+
+def test_embeddings_of_several_widths_are_not_mixed(tmp_path):
+    teachers = [tiny_model("embeddings", 2, seed=2), tiny_model("embeddings", 2, seed=3, hidden_size=32)]
+    for order in (teachers, teachers[::-1]):
+        with pytest.raises(ValueError, match="(16, 32|32, 16) channels, which cannot be mixed"):
+            make_trainer("embeddings", tmp_path, order)
+
+
 @pytest.mark.parametrize("task", tiny.ALL_TASKS)
 def test_two_equal_teachers_are_as_one(task, tmp_path):
     one = first_log(make_trainer(task, tmp_path))

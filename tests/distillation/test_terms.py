@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForSequenceClassification
 
 from hf_compress import DistillationArguments, StageConfig, StudentConfig, TermConfig, make_student
+from hf_compress.distillation.curriculum import plan_stages, stage_lengths
 from hf_compress.distillation.inner_terms import plan_terms
 from hf_compress.modeling.blocks import find_blocks
 from hf_compress.modeling.layouts import LAYOUTS
@@ -244,6 +245,13 @@ def test_epochs_of_stages_are_turned_into_steps(tmp_path):
     )
     trainer.train()
     assert ["kd_loss" in log for log in trainer.state.log_history[:6]] == [False, False, True, True, True, True]
+
+
+def test_parts_of_an_epoch_add_up():
+    halves = [StageConfig(epochs=0.5), StageConfig(epochs=0.5)]
+    args = DistillationArguments("out", stages=halves, use_cpu=True)
+    stages = plan_stages(args, tiny_model("single-label", 1), [tiny_model("single-label", 2)])
+    assert stage_lengths(stages, 5, 5) == [3, 2]
 
 
 def test_weights_and_temperature_follow_their_schedules(tmp_path):
