@@ -118,6 +118,15 @@ def keep_layers_(model: nn.Module, layers: Iterable[int], stack: str | None = No
     if not layout.is_shared:
         _keep_blocks_(model, stack, layout, kept)
     _write_layer_count_(model, layout, kept)
+    _forget_missing_(model)
+
+
+def _forget_missing_(model: nn.Module) -> None:
+    """Takes weights that went out of the list of those that may be stored without their zeros."""
+    method = vars(model.config).get("quantization_config")
+    if getattr(method, "sparse", None):
+        names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        method.sparse = [name for name in method.sparse if name in names] or None
 
 
 def first_layer_stays(model: nn.Module, stack: str | None = None) -> bool:

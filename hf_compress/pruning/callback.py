@@ -6,6 +6,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from accelerate.state import AcceleratorState, is_initialized
+from accelerate.utils import DistributedType
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -96,6 +98,12 @@ class PruningCallback(TrainerCallback):
                 f"A training of {state.max_steps} steps has none before which score={self.config.score!r} can be "
                 f"told: train for more than {steps[-1]}."
             )
+        kind = AcceleratorState().distributed_type if is_initialized() else DistributedType.NO
+        if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            raise ValueError(
+                f"{kind.value} spreads weights over processes, and they are ranked as a whole: train data-parallel "
+                "(accelerate launch --multi_gpu), or prune after the training."
+            )
         if self.data is not None:
             self._batches = list(self.data)
         elif self._strategy.needs_data:
@@ -153,4 +161,7 @@ class PruningCallback(TrainerCallback):
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     """The folder of the checkpoint that was just saved, or that the training continues from."""
-    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+    folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+    # A search of hyperparameters has a folder for each of its runs, of which the last one is being trained.
+    runs = Path(args.output_dir).glob(f"run-*/{folder.name}")
+    return folder if folder.exists() else max(runs, key=lambda run: run.stat().st_mtime, default=folder)

@@ -222,7 +222,7 @@ def outlier_ratio(scores: Sequence[torch.Tensor], factor: float) -> float:
         `float`: From 0 to 1.
     """
     together = torch.cat([values.flatten() for values in scores])
-    return (together > factor * together.mean()).double().mean().item()
+    return true_share(together > factor * together.mean())
 
 
 def owl_shares(ratios: Sequence[float], sizes: Sequence[int], sparsity: float, spread: float) -> list[float]:

@@ -155,7 +155,8 @@ def _with_zeros(layers: Sequence[Layer]) -> list[Layer]:
         if not can_be_sparse(layer.module):
             raise TypeError(
                 f"{layer.name} is a {type(layer.module).__name__}, which may compute more than a product: only "
-                "nn.Linear and Conv1D themselves can get a sparse kernel. Merge adapters first."
+                "nn.Linear and Conv1D themselves, without hooks of accelerate, can get a sparse kernel. Merge "
+                "adapters first, and load the model without a device_map."
             )
     if not found:
         logger.warning(

@@ -74,7 +74,8 @@ def can_be_sparse(module: nn.Module) -> bool:
     Args:
         module (`nn.Module`): A projection.
     """
-    return type(module) in _SPARSE or type(module) in _DENSE
+    # A hook of accelerate is a forward of the module's own, which another class does not change.
+    return "forward" not in vars(module) and (type(module) in _SPARSE or type(module) in _DENSE)
 
 
 def make_sparse_(module: nn.Module, name: SparseFormat) -> None:

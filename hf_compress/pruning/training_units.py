@@ -19,7 +19,8 @@ from hf_compress.pruning.calibration import calibrate
 from hf_compress.pruning.config import StructuredPruningConfig
 from hf_compress.pruning.costs import Costs
 from hf_compress.pruning.cutting import cut_
-from hf_compress.pruning.structured import check_prunable, choose_units
+from hf_compress.pruning.obs import Removal
+from hf_compress.pruning.structured import check_budget, check_prunable, choose_units
 from hf_compress.pruning.units import Part, Site, find_sites, unit_size
 
 logger = logging.getLogger(__name__)
@@ -71,10 +72,11 @@ class UnitPruning:
             checkpoint (`Path`, *optional*): Not used: the weights say it all.
 
         Raises:
-            ValueError: if the model is quantized.
+            ValueError: if the model is quantized, or the budget cannot be met.
         """
         self._hooks.close()
         check_prunable(model)
+        check_budget(model, self.config, batches or None)
         self._model, self._batches = model, batches
         self._sites = find_sites(find_blocks(model))
         self._gates = {part: _live_units(part) for site in self._sites for part in site.parts}
@@ -92,6 +94,9 @@ class UnitPruning:
         found = [None]
         if PartialState().process_index == 0:
             calibration = calibrate(self._model, self.config, self._batches or None)
+            for site in self._sites:
+                live = self._gates[site.parts[0]].cpu() > 0
+                calibration.removals[site.name] = dead_first(calibration.removals[site.name], live)
             costs = Costs(self.config.cost, self._sites, calibration.batches, lengths=calibration.lengths)
             target = budget * costs.total(self._sites)
             found = [choose_units(self._sites, self.config, calibration, costs, target)]
@@ -126,6 +131,22 @@ class UnitPruning:
         kept = {site.name: self._gates[site.parts[0]].nonzero()[:, 0] for site in self._sites}
         cut_(self._model, self._sites, kept)
         write_widths_(self._model)
+
+
+def dead_first(removal: Removal, live: torch.Tensor) -> Removal:
+    """An order in which units that are off go first and cost nothing: scores of weights alone may rank them higher.
+
+    Args:
+        removal (`Removal`): As scored.
+        live (`torch.Tensor`): True for units that are on, shape (units,).
+
+    Returns:
+        `Removal`: With the others in their order, at what each adds.
+    """
+    is_live, lost = live[removal.order], removal.error.diff()
+    lost = torch.cat([torch.zeros_like(lost[~is_live]), lost[is_live]])
+    order = torch.cat([removal.order[~is_live], removal.order[is_live]])
+    return Removal(order, torch.cat([lost.new_zeros(1), lost.cumsum(0)]))
 
 
 def _live_units(part: Part) -> torch.Tensor:

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import broadcast_object_list
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -63,9 +62,17 @@ def clear_state_(optimizer: Any, parameter: nn.Parameter, mask: torch.Tensor) ->
         optimizer (`torch.optim.Optimizer`): Knows the parameter.
         parameter (`nn.Parameter`): Whose state is changed, where it is of the same shape.
         mask (`torch.Tensor`): True where to forget, of the parameter's shape.
+
+    Raises:
+        ValueError: if the state is rounded, as that of 8-bit optimizers.
     """
     for value in optimizer.state.get(parameter, {}).values():
         if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+            if not value.is_floating_point():
+                raise ValueError(
+                    f"The optimizer {type(optimizer).__name__} keeps its state in {value.dtype}, whose 0 is no number "
+                    "to forget by: take one with floating-point state, such as optim='adamw_torch'."
+                )
             value.masked_fill_(mask, 0)
 
 
@@ -121,16 +128,10 @@ class WeightPruning:
             checkpoint (`Path`, *optional*): That the training continues from.
 
         Raises:
-            ValueError: if the model cannot be pruned so, its weights are spread over processes or do not learn what
-                they are scored by, or the checkpoint is none of a training with this config.
+            ValueError: if the model cannot be pruned so, its weights do not learn what they are scored by, or the
+                checkpoint is none of a training with this config.
         """
         self._hooks.close()
-        kind = AcceleratorState().distributed_type
-        if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-            raise ValueError(
-                f"{kind.value} spreads weights over processes, and they are ranked as a whole: train data-parallel "
-                "(accelerate launch --multi_gpu), or prune after the training."
-            )
         self._model, self._optimizer = model, optimizer
         self._layers = choose_layers(model, self.config)
         self._masks = {layer.name: torch.zeros_like(layer.weight, dtype=torch.bool) for layer in self._layers}

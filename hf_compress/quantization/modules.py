@@ -60,7 +60,7 @@ def choose_modules(
 
 
 def check_float(model: PreTrainedModel) -> None:
-    """Raises if a model is quantized already, or has adapters.
+    """Raises if a model is quantized already, has adapters, or computes with sparse kernels.
 
     Args:
         model (`PreTrainedModel`): The model.
@@ -72,6 +72,11 @@ def check_float(model: PreTrainedModel) -> None:
         raise ValueError(
             f"The model {type(model).__name__} has adapters, whose own layers would be rounded too: give "
             "`peft_model.merge_and_unload()`, or quantize the model first and add adapters then."
+        )
+    if any("sparse_format" in vars(module) for module in model.modules()):
+        raise ValueError(
+            f"The model {type(model).__name__} computes with sparse kernels, which know no integers: call "
+            "use_dense_kernels_(model), and quantize it then."
         )
     if getattr(model, "is_quantized", False) or any(isinstance(module, PackedModule) for module in model.modules()):
         method = getattr(model.config, "quantization_config", None)

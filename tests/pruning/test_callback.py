@@ -8,6 +8,8 @@ import hf_compress as hc
 from hf_compress.checkpoint.widths import read_widths
 from hf_compress.modeling.blocks import find_blocks
 from hf_compress.pruning.costs import Costs
+from hf_compress.pruning.obs import Removal
+from hf_compress.pruning.training_units import dead_first
 from hf_compress.pruning.units import find_sites
 from tests.modeling.tiny import difference, predict, tiny_batch, tiny_model
 
@@ -166,3 +168,20 @@ def test_a_config_of_another_kind_is_refused():
         TypeError, match="A VocabularyPruningConfig does not say what to prune: give one of Structured"
     ):
         hc.PruningCallback(hc.VocabularyPruningConfig())
+
+
+def test_a_budget_that_cannot_be_met_is_found_before_the_first_step(tmp_path):
+    run = trainer(tmp_path, hc.PruningCallback(config(budget=0.1, multiple_of=16, score="l2")), max_steps=8)
+    with pytest.raises(ValueError, match="A budget of 0.100 of the cost cannot be met"):
+        run.train()
+    assert run.state.global_step == 0
+
+
+def test_units_that_are_off_go_first():
+    removal = Removal(torch.tensor([2, 0, 3, 1]), torch.tensor([0.0, 1.0, 3.0, 6.0, 10.0]))
+    found = dead_first(removal, torch.tensor([True, False, True, False]))
+    assert found.order.tolist() == [3, 1, 2, 0]
+    assert found.error.tolist() == [0.0, 0.0, 0.0, 1.0, 3.0]
+    same = dead_first(removal, torch.ones(4, dtype=torch.bool))
+    assert torch.equal(same.order, removal.order)
+    assert torch.equal(same.error, removal.error)

@@ -7,11 +7,13 @@ import logging
 import numpy as np
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from safetensors import safe_open
 from torch import nn
 
 from hf_compress.checkpoint.sparse import BITMASK, mark_sparse_
 from hf_compress.modeling.projections import write_matrix_
+from hf_compress.modeling.surgery import keep_layers_
 from hf_compress.pruning.config import StructuredPruningConfig
 from hf_compress.pruning.prune import prune, prune_
 from hf_compress.pruning.sparse_compute import dense_kernels, use_dense_kernels_, use_sparse_kernels_
@@ -19,6 +21,8 @@ from hf_compress.pruning.sparse_formats import PACKERS
 from hf_compress.pruning.sparse_report import choose
 from hf_compress.pruning.unstructured_config import UnstructuredPruningConfig
 from hf_compress.pruning.weight_layers import find_layers
+from hf_compress.quantization.config import Int8DynamicConfig
+from hf_compress.quantization.quantize import quantize
 from tests.modeling.tiny import MODEL_TYPES, auto_class, difference, predict, tiny_batch, tiny_model
 
 ON_CPU = [name for name in PACKERS if name != "semi_structured"]
@@ -299,3 +303,25 @@ def test_auto_on_a_gpu():
     wanted = predict(model, batch)
     use_sparse_kernels_(model, batch)
     assert difference(predict(model, batch), wanted) < 0.05 * wanted.abs().max()
+
+
+def test_what_sparse_kernels_do_not_go_with():
+    model = sparse_model(pattern=None)
+    use_sparse_kernels_(model, sparse_compute="row_groups")
+    with pytest.raises(ValueError, match="computes with sparse kernels.*use_dense_kernels_"):
+        quantize(model, Int8DynamicConfig())
+    use_dense_kernels_(model)
+    quantize(model, Int8DynamicConfig())
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            add_hook_to_module(module, ModelHook())
+    with pytest.raises(TypeError, match="without hooks of accelerate"):
+        use_sparse_kernels_(model, sparse_compute="row_groups")
+
+
+def test_sparse_models_lose_layers(tmp_path):
+    model = prune(tiny_model("bert"), UnstructuredPruningConfig(0.6, score="magnitude"))
+    keep_layers_(model, [0, 2])
+    model.save_pretrained(tmp_path)
+    reloaded = type(model).from_pretrained(tmp_path, attn_implementation="eager").eval()
+    assert difference(predict(reloaded, tiny_batch(model)), predict(model.eval(), tiny_batch(model))) == 0

@@ -8,8 +8,9 @@ import torch
 from accelerate.utils import DistributedType
 
 import hf_compress as hc
-from hf_compress.pruning import training_weights
+from hf_compress.pruning import callback
 from hf_compress.pruning.schedule import SHARES
+from hf_compress.pruning.training_weights import clear_state_
 from hf_compress.pruning.weight_layers import find_layers
 from tests.modeling.tiny import difference, tiny_batch
 from tests.pruning.weight_training import Watch, config, make_trainer, model_of, shares, zeros
@@ -150,11 +151,20 @@ def test_a_schedule_that_makes_no_sense_is_refused(settings, values, message):
         hc.PruningCallback(config(**settings), **values)
 
 
-def test_weights_that_are_spread_over_processes_are_refused(monkeypatch, tmp_path):
+@pytest.mark.parametrize("what", [config(), hc.StructuredPruningConfig(budget=0.8, score="l2")], ids=type)
+def test_weights_that_are_spread_over_processes_are_refused(monkeypatch, tmp_path, what):
     state = SimpleNamespace(distributed_type=DistributedType.FSDP)
-    monkeypatch.setattr(training_weights, "AcceleratorState", lambda: state)
+    monkeypatch.setattr(callback, "AcceleratorState", lambda: state)
     with pytest.raises(ValueError, match="FSDP spreads weights over processes"):
-        make_trainer(tmp_path, [hc.PruningCallback(config())]).train()
+        make_trainer(tmp_path, [hc.PruningCallback(what)]).train()
+
+
+def test_rounded_states_of_optimizers_are_refused():
+    weight = torch.nn.Parameter(torch.zeros(4))
+    optimizer = torch.optim.SGD([weight])
+    optimizer.state[weight]["state1"] = torch.zeros(4, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="SGD keeps its state in torch.uint8.*adamw_torch"):
+        clear_state_(optimizer, weight, torch.ones(4, dtype=torch.bool))
 
 
 def test_the_best_model_is_as_sparse_as_was_asked_for(tmp_path, caplog):
