@@ -11,8 +11,6 @@ from transformers.utils.quantization_config import QuantizationConfigMixin, Quan
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-State = dict[str, torch.Tensor]
-
 _CAST_LOGGER = "bitsandbytes.autograd._functions"
 _CAST_MESSAGE = "MatMul8bitLt: inputs will be cast from"
 
@@ -97,7 +95,7 @@ def cast_plain_(model: "PreTrainedModel", dtypes: dict[str, torch.dtype]) -> Non
             parameter.data = parameter.data.to(dtypes[name])
 
 
-def stored_state(model: "PreTrainedModel", inner: HfQuantizer) -> State | None:
+def stored_state(model: "PreTrainedModel", inner: HfQuantizer) -> dict[str, torch.Tensor] | None:
     """What is stored of a model, where that is not its state: 8-bit integers of shape (1, outputs, inputs).
 
     Of the shape of the weights, Transformers would take them for the weights where hf_compress is not imported, and

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import shutil
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -230,13 +231,15 @@ def _stamp(path: str, output: Path) -> list[tuple[str, str]]:
     files = sorted(place.rglob("*")) if place.is_dir() else [place]
     # Times of files would change where the same data are copied or mounted again.
     return [
-        (file.name, _content(file))
+        (file.name, _content(file, file.stat().st_mtime_ns))
         for file in files
         if file.is_file() and own not in file.parents and not file.name.startswith(_CACHE)
     ]
 
 
-def _content(file: Path) -> str:
+@cache
+def _content(file: Path, changed: int) -> str:
+    # A run asks several times, and a model may have gigabytes.
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
