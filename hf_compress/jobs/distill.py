@@ -29,6 +29,7 @@ from hf_compress.jobs.data import (
     tokenize,
 )
 from hf_compress.jobs.job import DistillJob, check_arguments, run_settings
+from hf_compress.jobs.lock import alone_in
 from hf_compress.jobs.stages import REPORT_FILE, open_run, train_once
 from hf_compress.report.report import write_report
 
@@ -94,26 +95,27 @@ def distill(
     with args.main_process_first(desc="preparing the data"):
         splits = load_splits(job.dataset, job.dataset_name) if splits is None else splits
         material = prepare(job, splits, options)
-    with args.main_process_first(local=False, desc="opening the output folder"):
-        overwrite = job.overwrite and args.process_index == 0
-        open_run(output, run_settings(job, args), overwrite, (TEACHER, STUDENT, BASELINE, CACHE))
-    if job.teacher_epochs > 0:
-        train_once(output / TEACHER, lambda work: _teacher_trainer(job, args, material, options, work))
-    teacher = str(output / TEACHER) if job.teacher_epochs > 0 else job.model
-    train_once(output / STUDENT, lambda work: _student_trainer(job, args, material, options, teacher, work))
-    if args.process_index == 0 and _is_cached(job, args):
-        shutil.rmtree(output / CACHE, ignore_errors=True)
-    if job.baseline:
-        # As many steps as the student with its teacher, on the rows that have labels.
-        epochs = args.num_train_epochs * (1 + job.augment_copies if _is_taught(args) else 1)
-        alone = _changed(args, alpha=0.0, end_alpha=None, alpha_schedule="constant", num_train_epochs=epochs)
-        alone = _changed(alone, terms=[], stages=[])
-        train_once(output / BASELINE, lambda work: _student_trainer(job, alone, material, options, teacher, work))
-    with args.main_process_first(local=False, desc="measuring"):
-        if args.process_index == 0:
-            report = measure(job, args, material, teacher)
-            write_card(report, output / STUDENT)
-            write_report(report, output)
+    with alone_in(output, args.process_index == 0):
+        with args.main_process_first(local=False, desc="opening the output folder"):
+            overwrite = job.overwrite and args.process_index == 0
+            open_run(output, run_settings(job, args), overwrite, (TEACHER, STUDENT, BASELINE, CACHE))
+        if job.teacher_epochs > 0:
+            train_once(output / TEACHER, lambda work: _teacher_trainer(job, args, material, options, work))
+        teacher = str(output / TEACHER) if job.teacher_epochs > 0 else job.model
+        train_once(output / STUDENT, lambda work: _student_trainer(job, args, material, options, teacher, work))
+        if args.process_index == 0 and _is_cached(job, args):
+            shutil.rmtree(output / CACHE, ignore_errors=True)
+        if job.baseline:
+            # As many steps as the student with its teacher, on the rows that have labels.
+            epochs = args.num_train_epochs * (1 + job.augment_copies if _is_taught(args) else 1)
+            alone = _changed(args, alpha=0.0, end_alpha=None, alpha_schedule="constant", num_train_epochs=epochs)
+            alone = _changed(alone, terms=[], stages=[])
+            train_once(output / BASELINE, lambda work: _student_trainer(job, alone, material, options, teacher, work))
+        with args.main_process_first(local=False, desc="measuring"):
+            if args.process_index == 0:
+                report = measure(job, args, material, teacher)
+                write_card(report, output / STUDENT)
+                write_report(report, output)
     return json.loads((output / REPORT_FILE).read_text())
 
 

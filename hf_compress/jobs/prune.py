@@ -11,6 +11,7 @@ from hf_compress.hub.card import write_card
 from hf_compress.jobs.classifiers import DENSE, Yardstick, load_all, measure_all
 from hf_compress.jobs.data import check_splits, load_splits
 from hf_compress.jobs.job import PRUNED, CalibratedJob, check_output, job_settings, prune_settings
+from hf_compress.jobs.lock import alone_in
 from hf_compress.jobs.material import Material, Part, device_of, draw, load_material
 from hf_compress.jobs.prune_kinds import Config, Kind, kind_of, uses_labels
 from hf_compress.jobs.stages import REPORT_FILE, open_run, save_whole
@@ -50,12 +51,13 @@ def prune_classifier(job: CalibratedJob, config: Config, splits: DatasetDict | N
     for one in configs.values():
         kind.check(material.model, one, material.batches)
     made = [*configs, *(figure_name(kind, name) for name in configs)]
-    open_run(output, prune_settings(job, config), job.overwrite, made)
-    prune_missing(output, configs, material)
-    report = measure(job, config, configs, material)
-    for name in configs:
-        write_card(report, output / name)
-    write_report(report, output)
+    with alone_in(output):
+        open_run(output, prune_settings(job, config), job.overwrite, made)
+        prune_missing(output, configs, material)
+        report = measure(job, config, configs, material)
+        for name in configs:
+            write_card(report, output / name)
+        write_report(report, output)
     return json.loads((output / REPORT_FILE).read_text())
 
 

@@ -17,6 +17,7 @@ from hf_compress.hub.card import write_card
 from hf_compress.jobs.classifiers import DENSE, Yardstick, cost_batch, load_all, measure_all, score_alone
 from hf_compress.jobs.data import check_columns, check_splits, evaluation_split, load_splits
 from hf_compress.jobs.job import QuantizeJob, check_output, job_settings
+from hf_compress.jobs.lock import alone_in
 from hf_compress.jobs.material import Material, Part, by_length, device_of, draw, hold_out, load_material
 from hf_compress.jobs.quantize_figure import draw_formats, draw_noise
 from hf_compress.jobs.stages import REPORT_FILE, RUN_FILE, open_run, save_whole
@@ -71,18 +72,19 @@ def quantize_classifier(job: QuantizeJob, configs: Configs, splits: DatasetDict 
     material = prepare(job, candidates, splits)
     check(material.model, candidates.values())
     made = [*candidates, FORMATS_FIGURE, NOISE_FIGURE, CHOICE_FILE]
-    open_run(output, settings, job.overwrite, made)
-    try:
-        choice = choose(job, candidates, material) if job.auto else None
-        chosen = candidates if choice is None else {choice["choice"]: candidates[choice["choice"]]}
-        quantize_missing(job, chosen, material)
-    except (ValueError, TypeError, ImportError):
-        _withdraw(output, candidates)
-        raise
-    report = measure(job, chosen, material) | ({} if choice is None else {"recommendation": choice})
-    for name in chosen:
-        write_card(report, output / name)
-    write_report(report, output)
+    with alone_in(output):
+        open_run(output, settings, job.overwrite, made)
+        try:
+            choice = choose(job, candidates, material) if job.auto else None
+            chosen = candidates if choice is None else {choice["choice"]: candidates[choice["choice"]]}
+            quantize_missing(job, chosen, material)
+        except (ValueError, TypeError, ImportError):
+            _withdraw(output, candidates)
+            raise
+        report = measure(job, chosen, material) | ({} if choice is None else {"recommendation": choice})
+        for name in chosen:
+            write_card(report, output / name)
+        write_report(report, output)
     return json.loads((output / REPORT_FILE).read_text())
 
 
@@ -304,5 +306,3 @@ def _withdraw(output: Path, names: Configs) -> None:
         return
     for name in (RUN_FILE, CHOICE_FILE):
         (output / name).unlink(missing_ok=True)
-    if not any(output.iterdir()):
-        output.rmdir()

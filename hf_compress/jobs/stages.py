@@ -14,6 +14,8 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from hf_compress.jobs.lock import is_taken
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -51,7 +53,7 @@ def open_run(folder: Path, settings: dict[str, Any], overwrite: bool, stages: Se
         return
     if stored is not None:
         _delete_results(folder, [*stored.get("stages", []), *stages])
-    elif folder.exists() and any(path != unfinished for path in folder.iterdir()):
+    elif is_taken(folder, unfinished):
         raise ValueError(
             f"The output folder {folder} holds files that are not of a run of {_MADE_BY}, so nothing is written "
             "there and nothing deleted: give a new or an empty folder."

@@ -11,6 +11,7 @@ from datasets import DatasetDict
 
 from hf_compress.hub.card import write_card
 from hf_compress.hub.push import push_compressed
+from hf_compress.jobs.lock import alone_in
 from hf_compress.jobs.stages import REPORT_FILE
 from hf_compress.jobs.task_data import TaskData, read_task
 from hf_compress.pipeline.checks import check_before, check_room
@@ -63,6 +64,16 @@ def compress(
         data = read_task(recipe.data, recipe.seed, splits)
         if state.is_main_process:
             check_before(recipe, data, output)
+    with alone_in(output, state.is_main_process):
+        _apply(recipe, output, data, overwrite, options)
+    state.wait_for_everyone()
+    return json.loads((output / REPORT_FILE).read_text())
+
+
+def _apply(recipe: Recipe, output: Path, data: TaskData, overwrite: bool, options: dict[str, Any]) -> None:
+    state = PartialState()
+    with state.main_process_first():
+        if state.is_main_process:
             open_output(recipe, output, overwrite, data.digest)
     places = places_of(recipe, output, data.digest)
     reference = _reference(recipe, places, output)
@@ -86,8 +97,6 @@ def compress(
         if isinstance(places[-1].step, PushStep) and entries[-1].get("passed", True):
             _push(places[-1], output, entries)
             _finish(recipe, data, output, entries, reference.name)
-    state.wait_for_everyone()
-    return json.loads((output / REPORT_FILE).read_text())
 
 
 def _reference(recipe: Recipe, places: list[Place], output: Path) -> Place:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import hf_compress
+from hf_compress.jobs.lock import is_taken
 from hf_compress.jobs.stages import PARTIAL, REPORT_FILE, RUN_FILE, WORK
 from hf_compress.recipe.steps import (
     EvaluateStep,
@@ -151,7 +152,7 @@ def open_output(recipe: "Recipe", output: Path, overwrite: bool, rows: str | Non
     stored = _read_run(output / RUN_FILE)
     places = places_of(recipe, output, rows)
     names = [MODEL, *(place.name for place in places)]
-    if stored is None and output.exists() and any(path.name != RUN_FILE + PARTIAL for path in output.iterdir()):
+    if stored is None and is_taken(output, output / (RUN_FILE + PARTIAL)):
         raise ValueError(
             f"The output folder {output} holds files that are not of a run of a recipe, so nothing is written there "
             "and nothing deleted: give a new or an empty folder."

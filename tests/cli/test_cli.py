@@ -14,6 +14,7 @@ import hf_compress
 from hf_compress.cli.main import DISTILL_DEFAULTS, main
 from hf_compress.distillation.arguments import DistillationArguments
 from hf_compress.jobs.job import DistillJob
+from hf_compress.jobs.lock import LOCK_FILE
 from tests.tiny_job import files_of, make_inputs, quality, students
 
 ROOT = Path(__file__).parent.parent.parent
@@ -174,7 +175,8 @@ def test_killed_process_is_continued(inputs, tmp_path):
     words = job_words(inputs, tmp_path / "killed")
     killed = start("killed_run.py", tmp_path, "5", "distill", *words)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert {path.name for path in (tmp_path / "killed").iterdir()} == {"run.json", "student.training", "teacher-cache"}
+    left = {LOCK_FILE, "run.json", "student.training", "teacher-cache"}
+    assert {path.name for path in (tmp_path / "killed").iterdir()} == left
     continued = distilled(words)
     unbroken = distilled(job_words(inputs, tmp_path / "unbroken"))
     assert quality(continued) == quality(unbroken)
