@@ -144,13 +144,15 @@ class Bench:
     def cell_file(self, name: str) -> Path:
         return self.folder / "cells" / f"{name}.json"
 
-    def cell(self, task: str, name: str, make: Callable[[Path], Trainer]) -> dict[str, float]:
-        """The metric of a model on held-out and test rows, trained before if need be; done once."""
+    def cell(
+        self, task: str, name: str, settings: dict[str, Any], make: Callable[[Path], Trainer]
+    ) -> dict[str, float]:
+        """The metric of a model on held-out and test rows, trained before if need be; done once for some settings."""
         file, folder = self.cell_file(f"{task}-{name}"), self.folder / f"{task}-{name}"
         if not file.exists():
             start = time.perf_counter()
             train_once(folder, make)
-            cell = {"seconds": round(time.perf_counter() - start, 1)}
+            cell = {"settings": settings, "seconds": round(time.perf_counter() - start, 1)}
             model = self.load(TASKS[task], folder)
             for split in ("held_out", "test"):
                 rows = self.prepared(task)[split]
@@ -160,8 +162,8 @@ class Bench:
             write(file, cell)
             if name != "teacher":
                 shutil.rmtree(folder)
-        cell = json.loads(file.read_text())
-        shown = {key: round(value, 4) for key, value in cell.items()}
+        cell = read(file, settings)
+        shown = {key: round(value, 4) for key, value in cell.items() if key != "settings"}
         print(f"{time.strftime('%H:%M:%S')} {task:8} {name:24} {shown}", flush=True)
         return cell
 
@@ -188,7 +190,8 @@ class Bench:
                 data_collator=self.collator(task),
             )
 
-        return self.cell(name, "teacher", make)
+        settings = {key: value for key, value in asdict(plan).items() if key.startswith("teacher")}
+        return self.cell(name, "teacher", settings, make)
 
     def lesson(self, name: str, kind: str) -> tuple[Dataset, hc.TeacherCache]:
         """The rows that a distilled student reads, and what the teacher says of them."""
@@ -240,7 +243,8 @@ class Bench:
                 args=args, train_dataset=rows, teacher=teacher, teacher_cache=cache, **shared
             )
 
-        return self.cell(name, student_name(kind, depth, rate, seed), make)
+        settings = {key: getattr(plan, key) for key in ("rows", "epochs", "batch")} | lesson_settings(kind)
+        return self.cell(name, student_name(kind, depth, rate, seed), settings, make)
 
     def run(self, name: str, kind: str) -> None:
         """All cells of a kind of student on a task."""
@@ -305,6 +309,32 @@ class Bench:
 
 def student_name(kind: str, depth: int, rate: float, seed: int) -> str:
     return f"{kind}-{depth}-{rate:g}-{seed}"
+
+
+def lesson_settings(kind: str) -> dict[str, Any]:
+    """What students of a kind learn from, as it is stored beside their figures."""
+    if kind not in RECIPES:
+        return {}
+    return RECIPES[kind] | {"terms": [asdict(term) for term in RECIPES[kind]["terms"]], "signals": list(SIGNALS[kind])}
+
+
+def read(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """A finished cell.
+
+    Args:
+        file (`Path`): Where it is stored.
+        settings (`dict`): What it would be made with now.
+
+    Raises:
+        SystemExit: if it was made with others.
+    """
+    cell = json.loads(file.read_text())
+    if cell.get("settings") != json.loads(json.dumps(settings)):
+        raise SystemExit(
+            f"{file} was made with {cell.get('settings')}, and the script now has {settings}: move it away, and it is "
+            "made anew."
+        )
+    return cell
 
 
 def write(file: Path, content: dict[str, Any]) -> None:

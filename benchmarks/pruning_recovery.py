@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import transformers
-from distillation_quality import COMMON, write
+from distillation_quality import COMMON, read, write
 from quality_tasks import TASKS, with_noisy_copies
 from structured_pruning import PruningBench
 from transformers import PreTrainedModel
@@ -79,10 +79,14 @@ class RecoveryBench(PruningBench):
             start = time.perf_counter()
             train_once(folder, lambda work: self.trainer(task, kind, seed, work))
             model = self.teachers.load(TASKS[task], folder)
-            cell = {"score": self.score(task, model), "seconds": round(time.perf_counter() - start, 1)}
+            cell = {
+                "settings": settings(task),
+                "score": self.score(task, model),
+                "seconds": round(time.perf_counter() - start, 1),
+            }
             write(file, cell)
             shutil.rmtree(folder)
-        cell = json.loads(file.read_text())
+        cell = read(file, settings(task))
         print(f"{time.strftime('%H:%M:%S')} {task} {kind} seed {seed} {100 * cell['score']:.2f}", flush=True)
         return cell
 
@@ -131,6 +135,11 @@ class RecoveryBench(PruningBench):
                         "retention": statistics.mean(scores) / dense["test"],
                     }
         return found
+
+
+def settings(task: str) -> dict[str, Any]:
+    """What all models of a task are trained with."""
+    return {"rows": ROWS[task], "copies": COPIES[task], "epochs": EPOCHS, "batch": BATCH, "learning_rate": RATE}
 
 
 def main() -> None:

