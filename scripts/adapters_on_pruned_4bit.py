@@ -34,7 +34,7 @@ def main() -> None:
         tokenizer(texts[i : i + 32], truncation=True, max_length=128, padding=True, return_tensors="pt")
         for i in range(0, len(texts), 32)
     ]
-    pruned = hc.prune(model, hc.StructuredPruningConfig(budget=float(budget)), batches)
+    pruned = hc.prune(model, hc.StructuredPruningConfig(budget=float(budget), multiple_of=64), batches)
     base = hc.quantize(pruned, BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"))
     base.save_pretrained(Path(output) / "base")
     tokenizer.save_pretrained(Path(output) / "base")

@@ -3,7 +3,7 @@ r"""A usual fine-tuning script, and what turns it into a distillation: the three
     python scripts/trainer_with_teacher.py MODEL DATA OUTPUT [arguments of DistillationArguments]
 
 MODEL is a fine-tuned classifier, DATA a folder with train and validation as csv, json or parquet, with the columns
-text and label. The student has every second layer of the model. On several GPUs:
+text and label (numbers). The student has every second layer of the model. On several GPUs:
 
     accelerate launch --multi_gpu scripts/trainer_with_teacher.py MODEL DATA OUTPUT --bf16
 """

@@ -61,7 +61,7 @@ PATHS = {
 # `post_norm` does name a module, but one that is called like a class of PyTorch.
 NO_PATHS = {
     "post_norm", "passes_on",
-    "has_plain_scores", "is_pre_norm",
+    "has_plain_scores", "plain_scores_if", "is_pre_norm",
     "head_dim", "attributes", "kind", "present_if", "head_count", "all_heads_width", "kv_group_size", "fused",
     "gated_if", "width", "in_first_block", "flag", "key", "value", "reason", "attentions", "ffn", "num_layers",
     "num_heads", "cache_num_layers", "ffn_width", "own_config", "own_num_layers", "is_shared", "position_bias",

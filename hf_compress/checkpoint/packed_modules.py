@@ -38,6 +38,24 @@ def read_formats(model: nn.Module) -> Formats:
     return found
 
 
+def missing_tensors(model: nn.Module) -> list[str]:
+    """What number formats need and no file held, so that it is uninitialised memory.
+
+    Args:
+        model (`nn.Module`): A model, just loaded.
+
+    Returns:
+        `list[str]`: Names of buffers.
+    """
+    return [
+        f"{name}.{buffer}"
+        for name, module in model.named_modules()
+        if isinstance(module, PackedModule)
+        for buffer, tensor in module.named_buffers(recurse=False)
+        if buffer not in module._non_persistent_buffers_set and not getattr(tensor, "_is_hf_initialized", False)
+    ]
+
+
 def build_formats_(model: "PreTrainedModel", formats: Formats) -> None:
     """Replaces modules of a skeleton by those of the recorded formats, of the same sizes, before the weights load.
 

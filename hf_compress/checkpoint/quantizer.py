@@ -65,11 +65,18 @@ class CompressionQuantizer(HfQuantizer):
         return stored_conversions(self.inner.update_weight_conversions(conversions, model), self.inner)
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_: Any) -> "PreTrainedModel":
+        from hf_compress.checkpoint.packed_modules import missing_tensors
         from hf_compress.checkpoint.sparse import write_config_
         from hf_compress.modeling.surgery import configs
 
         if self._refused:
             raise ValueError("Sparse weights cannot be loaded. " + " ".join(self._refused))
+        lost = missing_tensors(model)
+        if lost:
+            raise ValueError(
+                f"The checkpoint lacks {', '.join(lost[:3])}{' and more' * (len(lost) > 3)}, without which its "
+                "packed weights mean nothing: get or save it again."
+            )
         if not self.quantization_config.is_packed:
             # The model holds plain dense tensors: it may train, be cast and be saved like any other, which
             # Transformers refuses while these flags are set. The config stays, for the next save.

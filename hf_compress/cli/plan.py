@@ -85,6 +85,7 @@ def plan_recipe(model: str, job: PlanJob) -> None:
     found = measure_sensitivity(loaded, tokenizer, data, n_texts=job.n_texts, n_rows=job.n_rows, seed=job.seed)
     proposals = propose(found, job.target_mb, job.min_retention, job.max_macs)[:_SHOWN]
     chosen = _choose(job, found, proposals)
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(as_recipe(chosen, recipe).to_yaml())
     if not job.json:
         Console(highlight=False).print(

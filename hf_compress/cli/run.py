@@ -1,5 +1,7 @@
 """`hf-compress run`: a recipe from the command line."""
 
+import contextlib
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,7 +69,9 @@ def run_recipe(file: str, job: RunJob) -> int:
     if job.dry_run:
         show_plan(recipe, job)
         return 0
-    report = compress(recipe, job.output_dir, overwrite=job.overwrite)
+    # `Trainer` logs to where the report is to go.
+    with contextlib.redirect_stdout(sys.stderr):
+        report = compress(recipe, job.output_dir, overwrite=job.overwrite)
     if PartialState().is_main_process:
         if job.json:
             print_json(report)

@@ -27,6 +27,7 @@ _ARGUMENTS = (
 )  # fmt: skip
 _ALWAYS = ("alpha", "temperature", "learning_rate", "num_train_epochs", "per_device_train_batch_size", "seed")
 _NO_MEASURES = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+_PREFIX = "eval_"
 
 
 class CardMixin:
@@ -93,7 +94,7 @@ class CardMixin:
 
     def _facts(self, base: Base, data: Data, name: str) -> CardFacts:
         model, args = unwrap(self.model), self.args
-        measured = _last_measures(self.state.log_history)
+        measured = _last_measures(self._evaluations())
         settings = {key: value for key, value in args.to_dict().items() if key in _ARGUMENTS}
         teachers = " and ".join(dict.fromkeys(_called(unwrap(one.model)) for one in self.teachers))
         rows = f" on {len(self.train_dataset)} rows" if isinstance(self.train_dataset, Sized) else ""
@@ -125,6 +126,16 @@ class CardMixin:
             repo_id=self.hub_model_id or self.args.hub_model_id,
         )
 
+    def _evaluations(self) -> list[dict[str, Any]]:
+        """What was logged of the model as it is: after the training, else at the step that was loaded in the end."""
+        history = self.state.log_history
+        ended = max((number for number, entry in enumerate(history) if "train_loss" in entry), default=-1)
+        after = [entry for entry in history[ended + 1 :] if _is_evaluation(entry)]
+        best = self.state.best_global_step if self.args.load_best_model_at_end else None
+        if after or not best:
+            return after or history
+        return [entry for entry in history if entry.get("step") == best]
+
     def _divergence(self) -> str:
         if self.task == "feature-extraction":
             return "cosine" if self.args.divergence == "auto" else self.args.divergence
@@ -153,20 +164,26 @@ def _listed(given: str | Sequence[str] | None) -> list[str]:
     return [given] if isinstance(given, str) else list(given or ())
 
 
+def _is_evaluation(entry: dict[str, Any]) -> bool:
+    return any(key.startswith(_PREFIX) for key in entry)
+
+
 def _last_measures(history: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """What the last evaluation found, the loss first."""
-    prefix = "eval_"
-    last = next((entry for entry in reversed(history) if any(key.startswith(prefix) for key in entry)), {})
-    values = {key.removeprefix(prefix): value for key, value in last.items() if key.startswith(prefix)}
+    """What the last evaluation found, the loss first. Several evaluation sets have an entry each, of one step."""
+    found = [entry for entry in history if _is_evaluation(entry)]
+    last = {
+        key: value for entry in found if entry.get("step") == found[-1].get("step") for key, value in entry.items()
+    }
+    values = {key.removeprefix(_PREFIX): value for key, value in last.items() if key.startswith(_PREFIX)}
     return {
         key: value
         for key, value in values.items()
-        if isinstance(value, int | float) and math.isfinite(value) and key not in _NO_MEASURES
+        if isinstance(value, int | float) and math.isfinite(value) and not key.endswith(_NO_MEASURES)
     }
 
 
 def _results(task: str, data: Data, measured: dict[str, float]) -> list[EvalResult]:
-    return [eval_result(task, data, key, value) for key, value in measured.items() if key != "loss"]
+    return [eval_result(task, data, key, value) for key, value in measured.items() if not key.endswith("loss")]
 
 
 def _told(settings: dict[str, Any]) -> dict[str, Any]:

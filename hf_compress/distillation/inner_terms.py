@@ -212,11 +212,12 @@ def _projection_key(term: InnerTerm, pair: tuple[int, int]) -> str:
 def _check_attention(term: InnerTerm, student: nn.Module, teacher: nn.Module) -> None:
     for model, stack in ((student, term.stack), (teacher, term.teacher_stack)):
         attention: Attention = find_blocks(model, stack)[0].attention
-        if term.config.kind in ("attention_kl", "attention_mse") and not attention.layout.has_plain_scores:
+        is_plain = attention.layout.computes_plain_scores(unwrap(model).config)
+        if term.config.kind in ("attention_kl", "attention_mse") and not is_plain:
             raise ValueError(
                 f"The attention maps of {type(unwrap(model)).__name__} do not follow from its queries and keys alone, "
-                f"because positions are added later: the term {term.config.kind} cannot be computed. Use "
-                "kind='relations', which any attention has."
+                "because positions are added later or they are scaled in another way: the term "
+                f"{term.config.kind} cannot be computed. Use kind='relations', which any attention has."
             )
     if term.signal_kind == "qkv":
         _check_present(term, student, teacher)

@@ -125,7 +125,11 @@ def _redraw(student: "PreTrainedModel") -> "PreTrainedModel":
         cut_to_widths_(fresh, read_widths(student))
     if fresh.can_generate():
         fresh.generation_config = copy.deepcopy(student.generation_config)
-    return fresh.to(student.device, student.dtype).train(student.training)
+    # Tables of angles, which no state has, stay in float32, as `from_pretrained` leaves them.
+    dtypes = {name: tensor.dtype for name, tensor in student.state_dict().items()}
+    for name, tensor in fresh.state_dict(keep_vars=True).items():
+        tensor.data = tensor.detach().to(dtypes[name])
+    return fresh.to(student.device).train(student.training)
 
 
 def _compression(model: "PreTrainedModel") -> Any:

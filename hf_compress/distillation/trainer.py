@@ -166,8 +166,11 @@ class DistillationTrainer(StageMixin, ProcessesMixin, ProjectionMixin, CardMixin
         """The weighted sum of the terms in training, the task's loss in evaluation; see `Trainer.compute_loss`."""
         student_inputs = {name: value for name, value in inputs.items() if name in self._student_inputs}
         if not model.training:
-            # Without a count the stock loss is this batch's mean; with one, it would be scaled by the processes.
-            return super().compute_loss(model, student_inputs, return_outputs, num_items_in_batch=None)
+            # Without a count the stock loss is this batch's mean; with one, it would be scaled by the processes. A
+            # loss of the user's may need it.
+            is_counted = self.compute_loss_func is not None and num_items_in_batch is not None
+            n_items = self._counts["labelled"] if is_counted else None
+            return super().compute_loss(model, student_inputs, return_outputs, num_items_in_batch=n_items)
         counts = step_counts(self.task, inputs) if num_items_in_batch is None else self._counts
         inputs = with_decoder_inputs(self.task, self.model, inputs)
         self._enter_stage()

@@ -111,7 +111,15 @@ def decide(logits: torch.Tensor, kind: str) -> torch.Tensor:
     Returns:
         `torch.Tensor`: The number itself for regression, `(...,)`; 0 or 1 for each label where several may hold,
         `(..., classes)`; else the most probable class, `(...,)`.
+
+    Raises:
+        ValueError: if one is NaN, which would pass for the first class.
     """
+    if logits.isnan().any():
+        raise ValueError(
+            "The model's outputs are not numbers (NaN): its training diverged, or a number format overflowed. Train "
+            "with a smaller learning rate, or take bfloat16 or float32."
+        )
     if kind == "regression":
         return logits.squeeze(-1)
     return (logits > 0).long() if kind == "multi_label_classification" else logits.argmax(-1)

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers.utils import logging as transformers_logging
 
+from hf_compress.evaluation.files import weight_files
 from hf_compress.evaluation.inference import inference, model_inputs
 from hf_compress.evaluation.latency import Conditions, Latency, compare_latency
 from hf_compress.formats.packed import PackedEmbedding
@@ -167,7 +168,7 @@ def saved_bytes(model: nn.Module, path: str | Path | None = None) -> int:
         path (`str` or `Path`, *optional*): Folder where it is saved; without it, it is saved to a temporary one.
 
     Returns:
-        `int`: Bytes of all `*.safetensors` in the folder.
+        `int`: Bytes of the `*.safetensors` in the folder that `from_pretrained` reads.
 
     Raises:
         ValueError: if the folder has none.
@@ -176,7 +177,7 @@ def saved_bytes(model: nn.Module, path: str | Path | None = None) -> int:
         with tempfile.TemporaryDirectory() as folder, _no_progress_bar():
             unwrap(model).save_pretrained(folder)
             return saved_bytes(model, folder)
-    sizes = [file.stat().st_size for file in Path(path).glob("*.safetensors")]
+    sizes = [file.stat().st_size for file in weight_files(path)]
     if not sizes:
         raise ValueError(
             f"{str(path)!r} holds no *.safetensors, so there is nothing to weigh. Give the folder that "

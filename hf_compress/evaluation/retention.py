@@ -260,8 +260,10 @@ def _retention_of(
     if len(comparison.rows) == 0:
         raise ValueError("No position has a label other than -100, so nothing can be scored. Check the label column.")
     has_positions = kind in ("token-classification", "question-answering", *LANGUAGE_MODELS)
-    n_rows = n_rows if has_positions else len(comparison.rows)
-    counts = np.bincount(comparison.rows, minlength=n_rows)
+    # Without the rows that have no label.
+    _, rows = np.unique(comparison.rows, return_inverse=True)
+    n_rows = int(rows[-1]) + 1 if has_positions else len(rows)
+    counts = np.bincount(rows, minlength=n_rows)
     starts = np.cumsum(counts)[:-1]
 
     def by_row(values: np.ndarray) -> Sequence:
@@ -269,7 +271,7 @@ def _retention_of(
 
     references, teacher, compressed = comparison.labels, comparison.teacher_decisions, comparison.decisions
     if metric == "perplexity":
-        sums = (np.bincount(comparison.rows, nll, n_rows) for nll in (comparison.teacher_nll, comparison.nll))
+        sums = (np.bincount(rows, nll, n_rows) for nll in (comparison.teacher_nll, comparison.nll))
         scores = [score_of(metric, counts, nll) for nll in sums]
     else:
         if metric == "seqeval":

@@ -13,7 +13,9 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.initialization import no_init_weights
 
-CONFIG_FILE, INDEX_FILE = "config.json", "model.safetensors.index.json"
+from hf_compress.evaluation.files import INDEX_FILE, weight_files
+
+CONFIG_FILE = "config.json"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # A header begins with its own length.
 _LENGTH_BYTES = 8
@@ -74,21 +76,19 @@ def read_headers(folder: str | Path) -> dict[str, StoredTensor]:
         folder (`str` or `Path`): Where it is saved.
 
     Returns:
-        `dict[str, StoredTensor]`: By name in the files, of all `*.safetensors` of the folder.
+        `dict[str, StoredTensor]`: By name in the files, those of `weight_files`.
 
     Raises:
         ValueError: if it holds none, or a file is damaged.
     """
     folder = Path(folder)
-    files = sorted(folder.glob("*.safetensors"))
+    files = weight_files(folder)
     if not files:
         is_pickled = any(any(folder.glob(pattern)) for pattern in _PICKLED)
         hint = "Its weights are in files that can run code when they are read: load the model with from_pretrained "
         hint = f"{hint}and save it with save_pretrained." if is_pickled else "Give the folder of a saved model."
         raise ValueError(f"The folder {str(folder)!r} holds no *.safetensors. {hint}")
-    index = folder / INDEX_FILE
-    named = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
-    missing = sorted(named - {file.name for file in files})
+    missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise ValueError(
             f"The folder {str(folder)!r} lacks {', '.join(missing)}, which {INDEX_FILE} names: get or save it again."

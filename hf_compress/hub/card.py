@@ -15,7 +15,7 @@ from hf_compress.hub.card_page import CardFacts, Data, eval_result, render
 from hf_compress.hub.card_words import done, keeps, limits, run_conditions, run_table, uses, whose
 from hf_compress.recipe.recipe import Recipe
 from hf_compress.recipe.steps import PushStep
-from hf_compress.report.report import conditions, table_rows
+from hf_compress.report.report import conditions, plain_numbers, table_rows
 
 CARD_FILE, RECIPE_FILE, REPORT_FILE = "README.md", "recipe.yaml", "report.json"
 Report = dict[str, Any]
@@ -71,7 +71,7 @@ def write_card(report: Report, folder: str | Path, *, repo_id: str | None = None
     texts = {CARD_FILE: str(make_card(report, model=folder.name, repo_id=repo_id, base=base))}
     if report.get("kind") == "recipe":
         texts[RECIPE_FILE] = _recipe(report)
-    texts[REPORT_FILE] = json.dumps(_portable(report), indent=2) + "\n"
+    texts[REPORT_FILE] = json.dumps(plain_numbers(_portable(report)), indent=2, allow_nan=False) + "\n"
     for name, text in texts.items():
         partial = folder / f"{name}.partial"
         partial.write_text(text, encoding="utf-8")

@@ -1,7 +1,6 @@
 """Text classifiers for the jobs: loaded with a trained head, and measured side by side."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -11,6 +10,7 @@ from transformers import AutoModelForSequenceClassification, DataCollatorWithPad
 from hf_compress.checkpoint.config import CompressionConfig
 from hf_compress.evaluation.comparison import decide
 from hf_compress.evaluation.cost import measure_cost
+from hf_compress.evaluation.files import weight_files
 from hf_compress.evaluation.inference import predict
 from hf_compress.evaluation.latency import compare_latency
 from hf_compress.evaluation.retention import METRICS, score_retention
@@ -126,7 +126,7 @@ def measure_all(
     first = next(iter(models))
     rows = []
     for name, model in models.items():
-        cost = measure_cost(model, batch, path=paths[name] if Path(paths[name]).is_dir() else None)
+        cost = measure_cost(model, batch, path=paths[name] if weight_files(paths[name]) else None)
         quality = score(models[first], model, yardstick)
         needs_plugin = isinstance(vars(model.config).get("quantization_config"), CompressionConfig)
         rows.append({"name": name, "quality": quality, "cost": cost.to_dict(), "needs_hf_compress": needs_plugin})

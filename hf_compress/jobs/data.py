@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Suffix -> the loader of `datasets` and its options.
+# "train-0.csv", "train-00000-of-00002.parquet": parts of a split.
+_SHARD = re.compile(r"-\d+(-of-\d+)?$")
 _FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     ".parquet": ("parquet", {}),
     ".csv": ("csv", {}),
@@ -50,7 +53,9 @@ def load_splits(dataset: str, name: str | None = None) -> "DatasetDict":
         files: dict[str, list[Path]] = {}
         for file in sorted(path.iterdir()):
             if file.suffix.lower() in _FORMATS:
-                files.setdefault(file.name.split(".")[0].split("-")[0], []).append(file)
+                # `datasets` takes no dashes in the names of splits.
+                split = _SHARD.sub("", file.name.split(".")[0]).replace("-", "_")
+                files.setdefault(split, []).append(file)
         if not files:
             raise ValueError(
                 f"The folder {path} holds no file of {', '.join(_FORMATS)}: save the splits as such files, "

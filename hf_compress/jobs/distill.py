@@ -28,9 +28,10 @@ from hf_compress.jobs.data import (
     load_splits,
     tokenize,
 )
+from hf_compress.jobs.inputs import inputs_digest, rows_digest
 from hf_compress.jobs.job import DistillJob, check_arguments, run_settings
 from hf_compress.jobs.lock import alone_in
-from hf_compress.jobs.stages import REPORT_FILE, open_run, train_once
+from hf_compress.jobs.stages import INPUTS, REPORT_FILE, open_run, train_once
 from hf_compress.report.report import write_report
 
 if TYPE_CHECKING:
@@ -93,12 +94,14 @@ def distill(
     options = {"dtype": torch.float32, **(model_options or {})}
     check_arguments(job, args)
     with args.main_process_first(desc="preparing the data"):
+        rows = None if splits is None else rows_digest(splits, [*job.text_columns, job.label_column])
         splits = load_splits(job.dataset, job.dataset_name) if splits is None else splits
         material = prepare(job, splits, options)
+        settings = run_settings(job, args) | {INPUTS: inputs_digest(job.model, job.dataset, output, rows)}
     with alone_in(output, args.process_index == 0):
         with args.main_process_first(local=False, desc="opening the output folder"):
             overwrite = job.overwrite and args.process_index == 0
-            open_run(output, run_settings(job, args), overwrite, (TEACHER, STUDENT, BASELINE, CACHE))
+            open_run(output, settings, overwrite, (TEACHER, STUDENT, BASELINE, CACHE))
         if job.teacher_epochs > 0:
             train_once(output / TEACHER, lambda work: _teacher_trainer(job, args, material, options, work))
         teacher = str(output / TEACHER) if job.teacher_epochs > 0 else job.model

@@ -10,11 +10,12 @@ from datasets import DatasetDict
 from hf_compress.hub.card import write_card
 from hf_compress.jobs.classifiers import DENSE, Yardstick, load_all, measure_all
 from hf_compress.jobs.data import check_splits, load_splits
+from hf_compress.jobs.inputs import inputs_digest, rows_digest
 from hf_compress.jobs.job import PRUNED, CalibratedJob, check_output, job_settings, prune_settings
 from hf_compress.jobs.lock import alone_in
 from hf_compress.jobs.material import Material, Part, device_of, draw, load_material
 from hf_compress.jobs.prune_kinds import Config, Kind, kind_of, uses_labels
-from hf_compress.jobs.stages import REPORT_FILE, open_run, save_whole
+from hf_compress.jobs.stages import INPUTS, REPORT_FILE, open_run, save_whole
 from hf_compress.pruning.prune import prune
 from hf_compress.recipe.format_options import plain
 from hf_compress.report.report import title, write_report
@@ -46,13 +47,15 @@ def prune_classifier(job: CalibratedJob, config: Config, splits: DatasetDict | N
     """
     kind, output, configs = kind_of(config), Path(job.output_dir), job.configs(config)
     check_output(job, job.output_dir)
+    rows = None if splits is None else rows_digest(splits, [*job.text_columns, job.label_column])
+    settings = prune_settings(job, config) | {INPUTS: inputs_digest(job.model, job.dataset, output, rows)}
     splits = load_splits(job.dataset, job.dataset_name) if splits is None else splits
     material = prepare(job, config, splits)
     for one in configs.values():
         kind.check(material.model, one, material.batches)
     made = [*configs, *(figure_name(kind, name) for name in configs)]
     with alone_in(output):
-        open_run(output, prune_settings(job, config), job.overwrite, made)
+        open_run(output, settings, job.overwrite, made)
         prune_missing(output, configs, material)
         report = measure(job, config, configs, material)
         for name in configs:

@@ -16,11 +16,12 @@ from hf_compress.formats.packed import PackedModule
 from hf_compress.hub.card import write_card
 from hf_compress.jobs.classifiers import DENSE, Yardstick, cost_batch, load_all, measure_all, score_alone
 from hf_compress.jobs.data import check_columns, check_splits, evaluation_split, load_splits
+from hf_compress.jobs.inputs import inputs_digest, rows_digest
 from hf_compress.jobs.job import QuantizeJob, check_output, job_settings
 from hf_compress.jobs.lock import alone_in
 from hf_compress.jobs.material import Material, Part, by_length, device_of, draw, hold_out, load_material
 from hf_compress.jobs.quantize_figure import draw_formats, draw_noise
-from hf_compress.jobs.stages import REPORT_FILE, RUN_FILE, open_run, save_whole
+from hf_compress.jobs.stages import INPUTS, REPORT_FILE, RUN_FILE, open_run, save_whole
 from hf_compress.modeling.blocks import find_blocks
 from hf_compress.quantization.gate import excluded_names
 from hf_compress.quantization.modules import check_float, choose_modules
@@ -68,6 +69,8 @@ def quantize_classifier(job: QuantizeJob, configs: Configs, splits: DatasetDict 
     candidates = _candidates(job, configs)
     settings = {"formats": {name: format_settings(one) for name, one in candidates.items()}} | job_settings(job)
     check_output(job, job.output_dir)
+    rows = None if splits is None else rows_digest(splits, [*job.text_columns, job.label_column])
+    settings[INPUTS] = inputs_digest(job.model, job.dataset, output, rows)
     splits = load_splits(job.dataset, job.dataset_name) if splits is None else splits
     material = prepare(job, candidates, splits)
     check(material.model, candidates.values())

@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
 REPORT_FILE = "report.json"
+# Among the settings of a run, `inputs_digest` of what it reads.
+INPUTS = "inputs"
 _MADE_BY = "hf-compress"
 # What a stage's folder is called while it is made: its training checkpoints, and the model being saved.
 WORK, PARTIAL = ".training", ".partial"
@@ -82,7 +84,12 @@ def _check_continuable(folder: Path, stored: dict[str, Any], settings: dict[str,
         )
     changed = sorted(name for name in {*stored, *settings} if stored.get(name) != settings.get(name))
     if changed:
-        changes = ", ".join(f"{name} was {stored.get(name)!r} and is {settings.get(name)!r}" for name in changed)
+        changes = ", ".join(
+            "the model's or the data's contents, or the version of the library, are others"
+            if name == INPUTS
+            else f"{name} was {stored.get(name)!r} and is {settings.get(name)!r}"
+            for name in changed
+        )
         raise ValueError(
             f"The output folder {folder} holds an unfinished run with other settings ({changes}). Repeat the former "
             "command to continue it, give another folder, or --overwrite to delete it and start anew."
@@ -94,10 +101,22 @@ def _delete_results(folder: Path, stages: Sequence[str]) -> None:
     made = {f"{name}{suffix}" for name in (REPORT_FILE, "report.md", *stages) for suffix in ("", WORK, PARTIAL)}
     # Of what is there, so that no name in the run's file can lead out of the folder.
     for path in [path for path in folder.iterdir() if path.name in made]:
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink()
+        remove_folder(path) if path.is_dir() else path.unlink()
+
+
+def remove_folder(path: Path) -> None:
+    """Deletes a folder, or a link to one but not what it leads to; what is not there is no error.
+
+    Args:
+        path (`Path`): The folder.
+
+    Raises:
+        OSError: if it cannot be deleted, since what is left there would pass for another run's result.
+    """
+    if path.is_symlink():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
 
 
 def train_once(folder: Path, make_trainer: Callable[[Path], Trainer]) -> bool:

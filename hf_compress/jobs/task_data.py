@@ -1,7 +1,5 @@
 """The labelled rows of a recipe, checked: texts, pairs of texts, or sentences whose words are labelled."""
 
-import hashlib
-import json
 import random
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,7 +17,9 @@ from hf_compress.distillation.augmentation import AugmentationConfig, augment
 from hf_compress.evaluation.inference import predict
 from hf_compress.evaluation.retention import METRICS
 from hf_compress.jobs.data import check_splits, evaluation_split, label_ids, label_names, load_splits, tokenize
+from hf_compress.jobs.inputs import rows_digest
 from hf_compress.jobs.word_labels import (
+    OUTSIDE,
     check_words,
     noisy_sentences,
     tokenize_words,
@@ -185,7 +185,7 @@ class TaskData(NamedTuple):
 
         Returns:
             `Outputs`: By row, or by row and word. A word without tokens, as where `max_length` cuts it off, counts
-            as the first label.
+            as "O", or as the first label where there is none of that name.
         """
         given = self.test if rows is None else rows
         ids = self.label_ids(given, model)
@@ -198,7 +198,8 @@ class TaskData(NamedTuple):
         if self.task == TEXTS:
             return Outputs(logits, np.asarray(ids, dtype=np.float32 if self.labels_are_numbers(model) else np.int64))
         words = words_with_tokens(given, tokenizer, self.config.text_columns[0], self.config.max_length)
-        return by_word(logits, found.labels[back], ids, words)
+        outside = (model.config.label2id or {}).get(OUTSIDE, 0)
+        return by_word(logits, found.labels[back], ids, words, outside)
 
     def labels_are_numbers(self, model: "PreTrainedModel") -> bool:
         """Whether a model gives numbers instead of classes."""
@@ -249,7 +250,7 @@ def read_task(config: "DataConfig", seed: int, splits: DatasetDict | None = None
     Raises:
         ValueError: if a split, a column or a value does not fit.
     """
-    digest = None if splits is None else _digest(splits, [*config.text_columns, config.label_column])
+    digest = None if splits is None else rows_digest(splits, [*config.text_columns, config.label_column])
     splits = load_splits(config.dataset, config.dataset_name) if splits is None else splits
     test_split = evaluation_split(splits, config.eval_split)
     if _is_labelled_by_word(splits[test_split], config.label_column):
@@ -267,22 +268,16 @@ def read_task(config: "DataConfig", seed: int, splits: DatasetDict | None = None
     return TaskData(config, task, train, splits[test_split], test_split, labels, held_out, other, digest)
 
 
-def _digest(splits: DatasetDict, columns: Sequence[str]) -> str:
-    found = hashlib.sha256()
-    for name, rows in sorted(splits.items()):
-        kept = rows.select_columns([column for column in columns if column in rows.column_names])
-        found.update(f"{name} {len(rows)} {kept.features}".encode())
-        for batch in kept.iter(1000):
-            found.update(json.dumps(batch, default=str, sort_keys=True).encode())
-    return found.hexdigest()
-
-
 def _is_labelled_by_word(rows: Dataset, column: str) -> bool:
     return column in rows.column_names and len(rows) > 0 and isinstance(rows[0][column], list)
 
 
 def by_word(
-    logits: np.ndarray, positions: np.ndarray, labels: Sequence[Sequence[int]], words: Sequence[Sequence[int]]
+    logits: np.ndarray,
+    positions: np.ndarray,
+    labels: Sequence[Sequence[int]],
+    words: Sequence[Sequence[int]],
+    outside: int = 0,
 ) -> Outputs:
     """Outputs of tokens as outputs of words.
 
@@ -291,14 +286,14 @@ def by_word(
         positions (`np.ndarray`): `(rows, tokens)`, other than -100 at the first token of each word that has one.
         labels (sequence of lists): The labels of each row's words.
         words (sequence of lists): The words of each row that have a token, in order.
+        outside (`int`, *optional*, defaults to `0`): The class of a word without tokens: that of "O".
 
     Returns:
         `Outputs`: `(rows, words, classes)`.
     """
     n_words = max(map(len, labels))
     of_words = np.zeros((len(labels), n_words, logits.shape[-1]), dtype=np.float32)
-    # A word without tokens counts as the first label, which is "O" in usual sets.
-    of_words[:, :, 0] = 1.0
+    of_words[:, :, outside] = 1.0
     all_labels = np.full((len(labels), n_words), IGNORED)
     for row, ids in enumerate(labels):
         of_words[row, words[row]] = logits[row][positions[row] != IGNORED]

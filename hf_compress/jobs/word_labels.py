@@ -9,6 +9,9 @@ from datasets import ClassLabel, Dataset, DatasetDict
 from hf_compress.distillation.augmentation import AugmentationConfig
 from hf_compress.modeling.tasks import IGNORED
 
+# The label of words that are no entity.
+OUTSIDE = "O"
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -70,7 +73,7 @@ def word_label_names(rows: Dataset, label_column: str) -> list[str]:
     values = {label for labels in rows[label_column] for label in labels}
     if all(isinstance(value, str) for value in values):
         # What is cut off, or unlabelled, counts as the first one.
-        names = sorted(values, key=lambda name: (name != "O", name))
+        names = sorted(values, key=lambda name: (name != OUTSIDE, name))
     elif all(isinstance(value, int) and value >= 0 for value in values):
         names = [str(i) for i in range(max(values) + 1)]
     else:

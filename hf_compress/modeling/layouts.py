@@ -207,6 +207,7 @@ _GPT2 = Layout(
                     head_count=("num_heads",),
                     all_heads_width=("split_size",),
                     has_plain_scores=True,
+                    plain_scores_if=(("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False)),
                 ),
             ),
             ffn=FFNLayout(module="mlp", inputs=("c_fc",), output="c_proj"),
@@ -255,7 +256,7 @@ _QWEN2 = Layout(
     num_kv_heads="num_key_value_heads",
     head_dim="head_dim",
 )
-_MISTRAL = replace(_QWEN2, per_layer=())
+_MISTRAL = _QWEN2
 _LLAMA = replace(_MISTRAL, heads_divide_hidden=True)
 
 _T5_ATTENTION = AttentionLayout(

@@ -41,6 +41,13 @@ class AttentionLayout:
     """Attribute with the number of heads per key-value head, where there may be more than one."""
     has_plain_scores: bool = False
     """Whether scores are q times k over the root of the head's width, with nothing rotated, normed or added later."""
+    plain_scores_if: tuple[tuple[str, Any], ...] = ()
+    """Config keys that must have these values for that, or be missing."""
+
+    def computes_plain_scores(self, config: Any) -> bool:
+        """Whether the scores of a model of some config are so."""
+        values = (getattr(config, key, value) == value for key, value in self.plain_scores_if)
+        return self.has_plain_scores and all(values)
 
 
 @dataclass(frozen=True)

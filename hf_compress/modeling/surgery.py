@@ -287,7 +287,8 @@ def _keep_blocks_(model: nn.Module, stack: str, layout: StackLayout, kept: list[
 def _write_layer_count_(model: nn.Module, layout: StackLayout, kept: list[int]) -> None:
     config = model.base_model.config
     for key in find_layout(config).per_layer:
-        setattr(config, key, [getattr(config, key)[index] for index in kept])
+        if getattr(config, key, None) is not None:
+            setattr(config, key, [getattr(config, key)[index] for index in kept])
     setattr(config, layout.num_layers, len(kept))
     if layout.own_config is not None:
         own = model.base_model.get_submodule(layout.own_config).config

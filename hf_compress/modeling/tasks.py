@@ -26,6 +26,8 @@ _CLASS_NAMES: dict[str, frozenset[str]] = {
         ("feature-extraction", modeling_auto.MODEL_MAPPING_NAMES),
     )
 }
+# Encoders alone, whose whole models want decoder inputs too.
+_CLASS_NAMES["feature-extraction"] |= frozenset(modeling_auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES.values())
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoTokenizer
 
 from hf_compress.distillation.student import make_student
+from hf_compress.evaluation.files import weight_files
 from hf_compress.evaluation.sample import sample_batch
 from hf_compress.jobs.data import check_length, check_tokenizer
 from hf_compress.pipeline.state import Place, places_of
@@ -77,8 +78,7 @@ def check_room(place: Place) -> None:
     """
     if place.folder.exists():
         return
-    files = Path(place.model).glob("*.safetensors") if Path(place.model).is_dir() else ()
-    n_bytes = sum(file.stat().st_size for file in files)
+    n_bytes = sum(file.stat().st_size for file in weight_files(place.model))
     needed = n_bytes * (1 + (_OF_A_TRAINING if isinstance(place.step, TrainingStep) else 0))
     free = shutil.disk_usage(place.folder.parent).free
     if needed > free:

@@ -1,7 +1,6 @@
 """The measurements of a recipe's run: each saved model, loaded again, beside the one that all began with."""
 
 import platform
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +11,7 @@ from transformers import AutoTokenizer
 import hf_compress
 from hf_compress.checkpoint.config import CompressionConfig
 from hf_compress.evaluation.cost import measure_cost
+from hf_compress.evaluation.files import weight_files
 from hf_compress.evaluation.latency import compare_latency
 from hf_compress.evaluation.parts import bytes_by_part, seconds_by_part
 from hf_compress.evaluation.retention import retention_from_outputs
@@ -70,7 +70,7 @@ class Measurer:
         is_reference = path == self._path
         model = self.reference if is_reference else self._load(path)
         # Before the model runs, since a forward may repack quantized weights.
-        n_bytes = bytes_by_part(path) if _is_folder(path) else {}
+        n_bytes = bytes_by_part(path) if weight_files(path) else {}
         quality = self._quality(model, path)
         latency: dict[str, Any] = {}
         conditions: dict[str, Any] = {}
@@ -89,7 +89,7 @@ class Measurer:
             }
             conditions = times.to_dict()["conditions"]
         largest = self._batch(model, max(self._config.batch_sizes))
-        cost = measure_cost(model, largest, path=path if _is_folder(path) else None, n_runs=self._config.n_runs)
+        cost = measure_cost(model, largest, path=path if weight_files(path) else None, n_runs=self._config.n_runs)
         return {
             "needs_hf_compress": isinstance(vars(model.config).get("quantization_config"), CompressionConfig),
             "quality": quality,
@@ -142,7 +142,3 @@ def surroundings(conditions: dict[str, Any]) -> dict[str, Any]:
             "hf_compress": hf_compress.__version__,
         },
     }
-
-
-def _is_folder(path: str) -> bool:
-    return Path(path).is_dir()

@@ -161,7 +161,7 @@ def propose(
     Raises:
         ValueError: if no steps meet the size; with the smallest that there are.
     """
-    found, smallest = [], float("inf")
+    found, smallest, least = [], float("inf"), float("inf")
     for cuts_tokens in (False, True):
         for budget, kept in sensitivity.pruned.items():
             for name, kept_rounded in sensitivity.rounded.items():
@@ -181,15 +181,16 @@ def propose(
                     size = after(size, step)
                 if not steps:
                     continue
-                smallest = min(smallest, size.megabytes)
+                smallest, least = min(smallest, size.megabytes), min(least, size.macs)
                 if (target_mb is None or size.megabytes <= target_mb) and size.macs <= max_macs:
                     steps.append(EvaluateStep(min_retention=min_retention))
                     found.append(Proposal(steps, size.megabytes, size.macs, expected, needs_training))
     if not found:
+        megabytes = "" if target_mb is None else f"{target_mb} MB and "
         raise ValueError(
-            f"Nothing gets to {target_mb} MB and {100 * max_macs:.0f} % of the multiply-accumulates: the smallest is "
-            f"{smallest:.2f} MB. Give a larger --target-mb or --max-macs, or write a recipe with a smaller vocabulary "
-            "(max_size) or a narrower student."
+            f"Nothing gets to {megabytes}{100 * max_macs:.0f} % of the multiply-accumulates: the smallest is "
+            f"{smallest:.2f} MB, and the least are {100 * least:.0f} %. Give a larger --target-mb or --max-macs, or "
+            "write a recipe with a smaller vocabulary (max_size) or a narrower student."
         )
     return sorted(
         found,

@@ -1,16 +1,13 @@
 """The folder of a recipe's run: what is there, what of it is still wanted, and what a step starts from."""
 
-import hashlib
 import json
 import logging
-import shutil
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import hf_compress
+from hf_compress.jobs.inputs import digest, inputs_digest
 from hf_compress.jobs.lock import is_taken
-from hf_compress.jobs.stages import PARTIAL, REPORT_FILE, RUN_FILE, WORK
+from hf_compress.jobs.stages import PARTIAL, REPORT_FILE, RUN_FILE, WORK, remove_folder
 from hf_compress.recipe.steps import (
     EvaluateStep,
     FinetuneStep,
@@ -29,8 +26,6 @@ MODEL = "00-model"
 _MADE_BY, _KIND = "hf-compress", "recipe"
 # What a run writes beside the folders of its steps.
 _PAGES = (REPORT_FILE, "report.md", "report.html")
-# Files that `datasets` writes beside a data set.
-_CACHE = "cache-"
 # Of the folders of a step: its model, its training, what is half saved, its teacher's answers.
 _SUFFIXES = ("", WORK, PARTIAL, ".cache")
 
@@ -99,6 +94,8 @@ class Place(NamedTuple):
 
     def clear(self) -> None:
         """Removes what another recipe left in the place of the step."""
+        if self.folder.exists():
+            logger.warning("%s is made anew: its settings, a step before it, model or data changed.", self.name)
         remove_step(self.folder.parent, self.name)
 
 
@@ -116,14 +113,13 @@ def places_of(recipe: "Recipe", output: Path, rows: str | None = None) -> list[P
     plan = recipe.to_dict()
     chain: dict[str, Any] = {name: plan[name] for name in ("model", "data", "seed")}
     # Other files at the same place are another model, or other data.
-    files = [_stamp(path, output) for path in (recipe.model, recipe.data.dataset)]
-    chain |= {"version": hf_compress.__version__, "files": files} | ({} if rows is None else {"rows": rows})
+    chain["inputs"] = inputs_digest(recipe.model, recipe.data.dataset, output, rows)
     model = teacher = recipe.model
     places: list[Place] = []
     for number, (step, settings) in enumerate(zip(recipe.steps, plan["steps"], strict=True), start=1):
-        before, chain = chain, {"before": _digest(chain), "step": settings}
+        before, chain = chain, {"before": digest(chain), "step": settings}
         name = f"{number:02d}-{step.key}"
-        place = Place(name, step, output / name, model, teacher, tuple(recipe.steps[: number - 1]), _digest(chain))
+        place = Place(name, step, output / name, model, teacher, tuple(recipe.steps[: number - 1]), digest(chain))
         places.append(place)
         if place.makes_model:
             model = str(place.folder)
@@ -145,7 +141,8 @@ def open_output(recipe: "Recipe", output: Path, overwrite: bool, rows: str | Non
         rows (`str`, *optional*): As for `places_of`.
 
     Raises:
-        ValueError: if the folder is a file, holds files of others, or another command's run.
+        ValueError: if the folder is a file, holds files of others, another command's run, or one of another model, of
+            other data or of another seed.
     """
     if output.exists() and not output.is_dir():
         raise ValueError(f"The output folder {output} is a file: give a new or an empty folder.")
@@ -158,6 +155,7 @@ def open_output(recipe: "Recipe", output: Path, overwrite: bool, rows: str | Non
             "and nothing deleted: give a new or an empty folder."
         )
     if stored is not None:
+        _check_same_run(output, stored.get("settings", {}), recipe, overwrite)
         made = [name for name in stored.get("stages", []) if _is_name(name)]
         if not overwrite:
             _renumber(places, made)
@@ -173,6 +171,18 @@ def open_output(recipe: "Recipe", output: Path, overwrite: bool, rows: str | Non
         for page in _PAGES:
             (output / page).unlink(missing_ok=True)
     write_json(output / RUN_FILE, content)
+
+
+def _check_same_run(output: Path, stored: dict[str, Any], recipe: "Recipe", overwrite: bool) -> None:
+    """Raises if nothing of a run could be kept, since all its models would be deleted."""
+    asked = recipe.to_dict()
+    changed = [name for name in ("model", "data", "seed") if stored.get(name) != asked[name]]
+    if changed and not overwrite:
+        changes = " and ".join(f"{name} was {stored.get(name)!r} and is {asked[name]!r}" for name in changed)
+        raise ValueError(
+            f"The output folder {output} holds a run of which nothing could be kept ({changes}): give another folder, "
+            "or --overwrite to delete it and start anew."
+        )
 
 
 def _renumber(places: list[Place], made: list[str]) -> None:
@@ -207,7 +217,7 @@ def remove_step(output: Path, name: str) -> None:
     # The mark that it is finished first, so that a half removed model is never taken for a whole one.
     (output / f"{name}.json").unlink(missing_ok=True)
     for suffix in _SUFFIXES:
-        shutil.rmtree(output / f"{name}{suffix}", ignore_errors=True)
+        remove_folder(output / f"{name}{suffix}")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -220,29 +230,6 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     partial = path.with_name(path.name + PARTIAL)
     partial.write_text(json.dumps(content, indent=2) + "\n")
     partial.replace(path)
-
-
-def _digest(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _stamp(path: str, output: Path) -> list[tuple[str, str]]:
-    """Names and contents of the files at a path but for what the run writes; nothing for a name on the Hub."""
-    place, own = Path(path).expanduser().resolve(), output.resolve()
-    files = sorted(place.rglob("*")) if place.is_dir() else [place]
-    # Times of files would change where the same data are copied or mounted again.
-    return [
-        (file.name, _content(file, file.stat().st_mtime_ns))
-        for file in files
-        if file.is_file() and own not in file.parents and not file.name.startswith(_CACHE)
-    ]
-
-
-@cache
-def _content(file: Path, changed: int) -> str:
-    # A run asks several times, and a model may have gigabytes.
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _read_run(file: Path) -> dict[str, Any] | None:

@@ -94,9 +94,22 @@ def gather(
             "repair='none'."
         )
     batches = [] if data is None else read_batches(model, data, config.use_labels)
+    _check_encoder_states(model, batches)
     sites = find_sites(find_blocks(model))
     latency = _measure_latency(model, sites, batches, config) if config.cost == "latency" else None
     return Calibration(batches, {}, config, latency, measure_lengths(model, batches))
+
+
+def _check_encoder_states(model: nn.Module, batches: Sequence[Batch]) -> None:
+    if getattr(model.config, "is_encoder_decoder", False) or all(
+        "encoder_hidden_states" in batch for batch in batches
+    ):
+        return
+    if any(part.kind == "cross" for block in find_blocks(model) for part in block.attentions):
+        raise ValueError(
+            f"{type(model).__name__} attends to the states of an encoder, and a batch has no encoder_hidden_states: "
+            "nothing tells what those attentions are worth. Add them, and encoder_attention_mask."
+        )
 
 
 def score_units(model: nn.Module, gathered: Calibration) -> Calibration:

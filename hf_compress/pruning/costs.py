@@ -93,7 +93,8 @@ def measure_lengths(model: nn.Module, batches: Sequence[Batch]) -> dict[str, tor
     Returns:
         `dict[str, torch.Tensor]`: By stack, shape (texts,), in float64.
     """
-    return count_tokens(batches, find_stacks(model), [_image_length(model, batch) for batch in batches])
+    # A decoder alone may have attentions over an encoder that is not there.
+    return count_tokens(batches, {*find_stacks(model), "encoder"}, [_image_length(model, batch) for batch in batches])
 
 
 def count_tokens(

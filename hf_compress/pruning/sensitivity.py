@@ -105,6 +105,7 @@ def measure_sensitivity(
     Returns:
         `Sensitivity`: In float64, the tokens' in float32.
     """
+    task_of(model)  # Refuses what is not known, such as choices, which are rows of their own inside.
     parts = [part for site in sites for part in site.parts]
     generator = torch.Generator().manual_seed(seed)
     zeros = {site.name: torch.zeros(site.n_units, dtype=torch.float64) for site in sites}

@@ -24,6 +24,7 @@ from hf_compress.pruning.depth import check_layers_left, prune_layers_
 from hf_compress.pruning.latency import time_forward
 from hf_compress.pruning.refit import repair_
 from hf_compress.pruning.units import Site, allowed_widths, find_sites
+from hf_compress.pruning.weight_layers import check_not_binary
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ def check_prunable(model: nn.Module) -> None:
         model (`nn.Module`): A Transformers model.
 
     Raises:
-        ValueError: if it is quantized.
+        ValueError: if it is quantized, or prepared for weights of one bit.
     """
     if getattr(model, "is_quantized", False):
         method = model.config.quantization_config
@@ -108,6 +109,7 @@ def check_prunable(model: nn.Module) -> None:
             f"The model {type(model).__name__} is quantized ({type(method).__name__}): single heads and neurons "
             "cannot be cut from packed weights. Prune the full-precision model, then quantize the result."
         )
+    check_not_binary(model)
 
 
 def check_budget(

@@ -103,6 +103,22 @@ def match_layers(layers: Sequence[Layer], pattern: str, origin: str) -> list[Lay
     return found
 
 
+def check_not_binary(model: nn.Module) -> None:
+    """Refuses models that were prepared for weights of one bit.
+
+    Args:
+        model (`nn.Module`): A Transformers model.
+
+    Raises:
+        ValueError: if it was.
+    """
+    if any(hasattr(module, "threshold") and hasattr(module, "log_scale") for module in model.modules()):
+        raise ValueError(
+            f"This {type(model).__name__} was prepared for weights of one bit, among which there is no 0, and whose "
+            "inputs have thresholds that no cut follows: prune first, then call fake_quantize_ on the result."
+        )
+
+
 def choose_layers(model: nn.Module, config: UnstructuredPruningConfig) -> list[Layer]:
     """The layers that a config asks to prune; what stays whole is logged.
 
@@ -123,6 +139,7 @@ def choose_layers(model: nn.Module, config: UnstructuredPruningConfig) -> list[L
             f"The model {type(model).__name__} is quantized ({method}): its weights are packed, and none of them can "
             "be made 0. Prune the full-precision model, then quantize the result."
         )
+    check_not_binary(model)
     every = find_layers(model)
     excluded = {layer for pattern in config.exclude for layer in match_layers(every, pattern, "exclude")}
     layers = [layer for layer in every if layer not in excluded]

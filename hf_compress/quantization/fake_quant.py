@@ -191,10 +191,20 @@ class FakeQuantProjection(FakeQuantized):
         # module, so that what follows rounds the same numbers.
         numbers, input_scales = self.input_norm(hidden_states)
         weight, weight_scales = self.round_weight(oriented(self, self.weight))
-        outputs = nn.functional.linear(numbers, weight.to(numbers.dtype)).float() * (input_scales * weight_scales)
+        outputs = _product(numbers, weight) * (input_scales * weight_scales)
         if self.bias is not None:
             outputs = outputs + self.bias
         return outputs.to(hidden_states.dtype)
+
+
+def _product(numbers: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    device = numbers.device.type
+    is_half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is torch.float16
+    if is_half or numbers.dtype is torch.float16:
+        # Sums of whole numbers leave the range of float16, 65,504, before they are scaled.
+        with torch.autocast(device, enabled=False):
+            return nn.functional.linear(numbers.float(), weight.float())
+    return nn.functional.linear(numbers, weight.to(numbers.dtype)).float()
 
 
 class FakeQuantLinear(FakeQuantProjection, nn.Linear):

@@ -121,6 +121,11 @@ class BinaryCurriculum(TrainerCallback):
     ) -> None:
         """Keeps the batches that scales will be fitted to."""
         _binary_modules(unwrap(model))
+        if args.load_best_model_at_end and len(set(self.stages.values())) > 1:
+            logger.warning(
+                "load_best_model_at_end=True may end with the weights of an earlier stage, and with its bits. Leave "
+                "it False, or evaluate in the last stage only."
+            )
         data = islice(kwargs["train_dataloader"], self.n_batches) if self.data is None else self.data
         self._batches = self._batches or list(data)
 

@@ -1,9 +1,11 @@
 """What a run found: one table for the terminal and for report.md, and report.json with every figure."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+from hf_compress.report.tables import show_table
 from hf_compress.report.words import is_share, words_of
 
 HEADINGS = ("model", "{metric}", "retention % [95 %]", "params", "MB", "{work}", "faster")
@@ -18,8 +20,21 @@ def write_report(report: dict[str, Any], folder: Path) -> None:
     """
     (folder / "report.md").write_text(markdown(report))
     partial = folder / "report.json.partial"
-    partial.write_text(json.dumps(report, indent=2) + "\n")
+    partial.write_text(json.dumps(plain_numbers(report), indent=2, allow_nan=False) + "\n")
     partial.rename(folder / "report.json")
+
+
+def plain_numbers(value: Any) -> Any:
+    """The same, with `None` for every number that JSON does not know.
+
+    Args:
+        value: Plain JSON types, and numbers that are not finite.
+    """
+    if isinstance(value, dict):
+        return {name: plain_numbers(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_numbers(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def table_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -174,24 +189,13 @@ def show_report(report: dict[str, Any], folder: str | Path) -> None:
         report (`dict`): As `distill`, `prune_classifier` or `quantize_classifier` returns it.
         folder (`str` or `Path`): The run's folder.
     """
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
 
     # Names and paths may hold brackets, which rich would take for its markup.
     console = Console(markup=False, highlight=False)
     folder = Path(folder)
     headings, *rows = table_rows(report)
-    table = Table(*headings, box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for row in rows:
-        table.add_row(*row)
-    for column in table.columns:
-        column.overflow = "fold"  # in a narrow terminal, rather than cut off
-    for column in table.columns:
-        column.no_wrap = True
-    for column in table.columns[1:]:
-        column.justify = "right"
-    console.print(table)
+    show_table(headings, rows)
     for remark in (gain(report), *words_of(report).remarks(report)):
         if remark:
             console.print(remark)

@@ -1,7 +1,6 @@
 """The report of a recipe's run: report.json, report.md, and report.html, a page that needs nothing but itself."""
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from html import escape
@@ -10,6 +9,7 @@ from typing import Any
 
 import jinja2
 
+from hf_compress.report.report import plain_numbers
 from hf_compress.report.run_figures import draw_run
 from hf_compress.report.tables import show_table, show_text
 from hf_compress.report.tradeoff import draw_tradeoffs, models_of
@@ -29,20 +29,11 @@ def write_run_report(report: Report, folder: Path) -> None:
         folder (`Path`): The run's folder.
     """
     texts = {TEXT_FILE: run_markdown(report), PAGE_FILE: run_page({title_of(report): report})}
-    texts[REPORT_FILE] = json.dumps(_plain(report), indent=2, allow_nan=False) + "\n"
+    texts[REPORT_FILE] = json.dumps(plain_numbers(report), indent=2, allow_nan=False) + "\n"
     for name, text in texts.items():
         partial = folder / f"{name}.partial"
         partial.write_text(text, encoding="utf-8")
         partial.replace(folder / name)
-
-
-def _plain(value: Any) -> Any:
-    """The same, with `None` for every number that JSON does not know."""
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def run_page(reports: Mapping[str, Report]) -> str:

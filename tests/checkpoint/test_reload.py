@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForSequenceClassification, T5EncoderModel, Trainer, TrainingArguments
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
@@ -10,6 +11,8 @@ from hf_compress.checkpoint.quantizer import CompressionQuantizer, register
 from hf_compress.checkpoint.widths import cut_to_widths_, read_widths, write_widths_
 from hf_compress.modeling.blocks import find_blocks
 from hf_compress.modeling.surgery import keep_heads_, keep_neurons_, keep_stack_heads_
+from hf_compress.quantization.config import Int8DynamicConfig
+from hf_compress.quantization.quantize import quantize
 from tests.modeling.tiny import FFN, MODEL_TYPES, auto_class, difference, predict, tiny_batch, tiny_model
 
 
@@ -139,3 +142,16 @@ def test_the_config_says_what_it_needs(tmp_path):
     assert config["quant_method"] == METHOD
     assert "import hf_compress" in config["requires"]
     assert CompressionConfig(**config).to_dict() == config
+
+
+@pytest.mark.parametrize("lost", ["weight", "weight_scale"])
+def test_packed_weights_that_are_missing_are_no_weights(lost, tmp_path):
+    quantize(tiny_model("bert"), Int8DynamicConfig()).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    del weights[f"bert.encoder.layer.0.intermediate.dense.{lost}"]
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(
+        ValueError, match=rf"lacks bert\.encoder\.layer\.0\.intermediate\.dense\.{lost}, without which"
+    ):
+        auto_class("bert").from_pretrained(tmp_path)

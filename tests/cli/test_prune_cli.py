@@ -129,7 +129,7 @@ def test_from_words_to_table(inputs, tmp_path, call):
     assert [model["name"] for model in report["models"]] == ["dense", "pruned-0.8", "pruned-0.5"]
     assert report["pruning"]["score"] == "taylor"
     for model in report["models"]:
-        assert f"\n {model['name']} " in out
+        assert f"\n{model['name']} " in out
     assert f"pipeline('text-classification', '{tmp_path}/run/pruned-0.8')" in out
     assert "\nimport hf_compress\nfrom transformers import pipeline\n" in out
     assert "student" not in out

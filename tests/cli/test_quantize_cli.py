@@ -131,8 +131,9 @@ def test_from_words_to_table(inputs, tmp_path, call):
         "bf16": {"dtype": "bf16"},
         "int8": {"exclude": [], "embeddings": True, "embedding_bits": 8, "smooth": None},
     }
-    for name in ("dense", "bf16", "int8", "bits/weight"):
-        assert f" {name} " in out
+    for name in ("dense", "bf16", "int8"):
+        assert f"\n{name} " in out
+    assert " bits/weight " in out
     assert f"pipeline('text-classification', '{output}/bf16')" in out
     assert "is a stock checkpoint and needs no plug-in" in out
     assert f"{output}/formats.png" in out
@@ -285,7 +286,7 @@ def test_choice_is_made_once(inputs, tmp_path, monkeypatch, call):
     assert [model["name"] for model in report["models"]] == ["dense", choice["choice"]]
     assert report["latency"]["conditions"]["batch_size"] == 4
     assert choice["table"] in markdown(report)
-    assert f" {choice['choice']} " in out
+    assert f"\n{choice['choice']} " in out
 
 
 def test_only_formats_that_are_timed_can_be_chosen(inputs, tmp_path):
@@ -373,3 +374,13 @@ def test_regression(tmp_path):
         quantize_job(tmp_path, tmp_path / "run", max_drop=1.0), {"int8": hc.Int8DynamicConfig()}
     )
     assert report["metric"] == "pearsonr"
+
+
+def test_a_changed_model_is_not_continued(tmp_path):
+    make_inputs(tmp_path, model={**MODEL})
+    job = quantize_job(tmp_path, tmp_path / "run")
+    quantize_classifier(job, {"int8": CONFIGS["int8"]})
+    (tmp_path / "run" / "report.json").unlink()
+    make_inputs(tmp_path, model={**MODEL, "layers": 1})
+    with pytest.raises(ValueError, match="contents, or the version of the library, are others"):
+        quantize_classifier(job, {"int8": CONFIGS["int8"]})

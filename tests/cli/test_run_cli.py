@@ -39,13 +39,14 @@ def test_from_the_file_to_the_table_and_the_card(recipe, tmp_path, capsys):
     shown = capsys.readouterr().out
     for name in ("01-finetune", "02-vocabulary", "03-prune", "04-quantize", "smaller on disk", "report.html"):
         assert name in shown
+    assert "'loss'" not in shown
     card = (tmp_path / "out" / "04-quantize" / "README.md").read_text()
     assert "import hf_compress" in card
     assert str(tmp_path) not in card
     assert Recipe.from_yaml(tmp_path / "out" / "04-quantize" / "recipe.yaml", model="m", dataset="d").steps
     assert run(*recipe, "--output-dir", tmp_path / "out", "--json") == 0
     out = capsys.readouterr().out
-    assert json.loads(out[out.index("{") :])["result"] == "04-quantize"
+    assert json.loads(out)["result"] == "04-quantize"
 
 
 def test_a_gate_that_is_not_passed_is_an_exit_code(recipe, tmp_path):

@@ -72,3 +72,41 @@ def test_a_trainer_pushes_its_card(tmp_path, monkeypatch):
 
 def test_every_task_has_words():
     assert set(TASKS) == set(_CLASS_NAMES)
+
+
+class Falling:
+    """A metric that every evaluation finds lower."""
+
+    def __init__(self):
+        self.value = 2.0
+
+    def __call__(self, predictions):
+        self.value /= 2
+        return {"accuracy": self.value}
+
+
+def test_measures_are_of_the_checkpoint_that_was_loaded_in_the_end(tmp_path):
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+    settings |= {"load_best_model_at_end": True, "metric_for_best_model": "accuracy", "greater_is_better": True}
+    trainer = make_trainer("single-label", tmp_path / "out", **settings)
+    trainer.compute_metrics = Falling()
+    trainer.train()
+    assert trainer.state.best_metric == 1.0
+    trainer.create_model_card()
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert [(one.metric_type, one.metric_value) for one in card.data.eval_results] == [("accuracy", 1.0)]
+    trainer.evaluate()
+    trainer.create_model_card()
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert [one.metric_value for one in card.data.eval_results] == [0.125]
+
+
+def test_measures_of_several_sets(tmp_path):
+    trainer = make_trainer("single-label", tmp_path / "out", eval_strategy="steps", eval_steps=1, max_steps=1)
+    trainer.compute_metrics = measure
+    trainer.eval_dataset = {"a": trainer.eval_dataset, "b": trainer.eval_dataset}
+    trainer.train()
+    trainer.create_model_card()
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert [one.metric_type for one in card.data.eval_results] == ["a_accuracy", "b_accuracy"]
+    assert "runtime" not in str(card)

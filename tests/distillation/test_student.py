@@ -11,7 +11,7 @@ from hf_compress.checkpoint.widths import write_widths_
 from hf_compress.distillation.student import choose_layers
 from hf_compress.modeling.blocks import count_layers, find_blocks, find_stacks
 from hf_compress.modeling.surgery import keep_neurons_
-from tests.modeling.tiny import MODEL_TYPES, auto_class, predict, tiny_batch, tiny_model
+from tests.modeling.tiny import MODEL_TYPES, auto_class, difference, predict, tiny_batch, tiny_model
 
 RELOAD = """
 import sys, torch
@@ -149,3 +149,24 @@ def test_the_chosen_layers_are_logged(caplog):
 def test_impossible_students_raise(settings, message):
     with pytest.raises(ValueError, match=message):
         make_student(tiny_model("bert"), StudentConfig(**settings))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "modernbert"])
+def test_a_new_student_keeps_tables_of_angles_in_float32(model_type, tmp_path):
+    teacher = tiny_model(model_type).to(torch.bfloat16)
+    teacher.save_pretrained(tmp_path / "teacher")
+    teacher = auto_class(model_type).from_pretrained(tmp_path / "teacher", dtype=torch.bfloat16)
+    student = make_student(teacher, StudentConfig(num_layers=1, init="random"))
+    student.save_pretrained(tmp_path / "student")
+    again = auto_class(model_type).from_pretrained(tmp_path / "student", dtype=torch.bfloat16)
+    inputs = tiny_batch(student)
+    assert {tensor.dtype for tensor in student.state_dict().values()} == {torch.bfloat16}
+    assert difference(predict(again, inputs), predict(student, inputs)) == 0
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+def test_kinds_of_layers_that_a_config_names_are_cut_with_them(model_type, tmp_path):
+    teacher = tiny_model(model_type, layer_types=["full_attention"] * 3)
+    student = make_student(teacher, StudentConfig(num_layers=2))
+    student.save_pretrained(tmp_path)
+    assert student.config.layer_types == ["full_attention"] * 2

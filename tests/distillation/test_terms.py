@@ -345,3 +345,11 @@ def test_a_quantized_teacher_shows_its_insides(tmp_path, kind):
     assert trainer.train().training_loss > 0
     with pytest.raises(ValueError, match="is quantized.*full-precision model"):
         make_student(teacher, StudentConfig(num_layers=1))
+
+
+@pytest.mark.parametrize("key", ["scale_attn_weights", "scale_attn_by_inverse_layer_idx"])
+def test_attention_maps_that_are_scaled_in_another_way_are_refused(key):
+    config = {key: key != "scale_attn_weights"}
+    teacher, student = (architectures.tiny_model("gpt2", **config) for _ in range(2))
+    with pytest.raises(ValueError, match="scaled in another way"):
+        plan_terms([TermConfig("attention_kl")], student, [teacher])

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from transformers import (
     DistilBertConfig,
     DistilBertForSequenceClassification,
@@ -384,3 +385,13 @@ def test_a_second_training_logs_its_own_terms_only(tmp_path):
     trainer.train()
     logged = [log for log in trainer.state.log_history if "kd_loss" in log]
     assert logged[0]["kd_loss"] == pytest.approx(again["kd_loss"], rel=1e-5)
+
+
+def test_a_loss_of_the_users_is_evaluated_as_it_is_by_trainer(tmp_path):
+    def loss(outputs, labels, num_items_in_batch=None):
+        return nn.functional.cross_entropy(outputs["logits"], labels, reduction="sum") / num_items_in_batch
+
+    trainer = make_trainer("single-label", tmp_path / "out")
+    usual = trainer.evaluate()["eval_loss"]
+    trainer.compute_loss_func = loss
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(usual, rel=1e-5)

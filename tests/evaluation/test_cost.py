@@ -225,3 +225,10 @@ def test_packed_tables_count_as_tables():
     model = tiny_model("bert")
     packed = quantize(model, Int8DynamicConfig(embeddings=True))
     assert count_parameters(packed) == count_parameters(model)
+
+
+def test_weights_that_are_there_twice_count_once(make_bert, tmp_path):
+    make_bert().save_pretrained(tmp_path)
+    once = saved_bytes(None, tmp_path)
+    (tmp_path / "consolidated.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes())
+    assert saved_bytes(None, tmp_path) == once

@@ -181,6 +181,9 @@ def test_files_that_are_none(tmp_path):
             bytes_by_part(folder)
     for path in folder.glob("*.safetensors"):
         path.unlink()
+    with pytest.raises(ValueError, match=r"lacks model-00001-of-\d+\.safetensors, .* which model\.safetensors\.index"):
+        bytes_by_part(folder)
+    (folder / "model.safetensors.index.json").unlink()
     with pytest.raises(ValueError, match=r"holds no \*\.safetensors\. Give the folder"):
         bytes_by_part(folder)
     (folder / "pytorch_model.bin").write_bytes(b"")

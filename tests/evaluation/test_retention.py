@@ -324,3 +324,17 @@ def test_errors_say_what_to_do(make_bert, make_rows, tokenizer):
     with pytest.raises(ValueError, match="cannot be compared class by class"):
         retention_from_outputs(np.zeros((2, 3)), np.zeros((2, 4)), np.zeros(2, int))
     assert isinstance(model, BertForSequenceClassification)
+
+
+def test_rows_without_a_label_are_not_scored():
+    logits = torch.zeros(4, 2, 5)
+    logits[:, :, 0] = 1.0
+    labels = torch.tensor([[1, 1], [0, 0], [-100, -100], [-100, -100]])
+    report = retention_from_outputs(logits, logits, labels, metric="exact_match", kind="question-answering")
+    assert (report.n_examples, report.teacher) == (2, 0.5)
+
+
+def test_outputs_that_are_no_numbers_are_no_decisions():
+    logits = torch.full((3, 2), torch.nan)
+    with pytest.raises(ValueError, match=r"not numbers \(NaN\): its training diverged"):
+        retention_from_outputs(torch.zeros(3, 2), logits, torch.zeros(3, dtype=torch.long), metric="accuracy")

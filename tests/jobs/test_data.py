@@ -363,3 +363,15 @@ def test_rows_beyond_the_last_position(tmp_path):
     check_length(model, tokenize(rows, tiny_tokenizer(), ["text"], [0, 1], 32))
     with pytest.raises(ValueError, match="longest row, of 33 tokens.*--max-length"):
         check_length(model, tokenize(rows, tiny_tokenizer(), ["text"], [0, 1], 33))
+
+
+def test_only_numbers_are_parts_of_a_split(tmp_path):
+    for n, name in enumerate(("train-0", "train-1", "train-old", "validation-matched", "test"), start=1):
+        write_rows(tmp_path / "data" / f"{name}.csv", tiny_texts(n))
+    splits = load_splits(str(tmp_path / "data"))
+    assert {name: len(rows) for name, rows in splits.items()} == {
+        "train": 3,
+        "train_old": 3,
+        "validation_matched": 4,
+        "test": 5,
+    }

@@ -265,3 +265,28 @@ def test_what_the_command_refuses(inputs):
     assert "add --teacher" in str(done.exception)
     done = run(inputs / "small", "--dataset", inputs / "data", "--teacher", inputs / "teacher", "--min-retention", -1)
     assert "no share that could be kept" in str(done.exception)
+
+
+def test_words_that_are_cut_off_are_outside_however_labels_are_numbered(tmp_path):
+    rows = [{"words": row["text"].split(), "tags": ["O"] * len(row["text"].split())} for row in tiny_texts(12)]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    data = DataConfig(str(file), text_columns=["words"], label_column="tags", max_length=6, metric="token_accuracy")
+    found = []
+    for number, names in enumerate((["O", "B-X", "B-Y"], ["B-X", "B-Y", "O"])):
+        folder = tmp_path / str(number)
+        save_tiny_bert(
+            folder,
+            model_class=BertForTokenClassification,
+            id2label=dict(enumerate(names)),
+            label2id={name: i for i, name in enumerate(names)},
+        )
+        fast = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer().backend_tokenizer, pad_token="[PAD]")
+        fast.save_pretrained(folder)
+        model = BertForTokenClassification.from_pretrained(folder)
+        with torch.no_grad():
+            model.classifier.weight.zero_()
+            model.classifier.bias.copy_(torch.tensor([1.0 if name == "B-X" else 0.0 for name in names]))
+        model.save_pretrained(folder)
+        found.append(evaluate_model(str(folder), data, MEASURE)["quality"]["value"])
+    # Words with tokens are wrong, those without are right.
+    assert found[0] == found[1] > 0

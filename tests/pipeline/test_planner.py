@@ -127,3 +127,8 @@ def test_nothing_is_chosen_on_the_rows_that_are_measured_on(tmp_path, monkeypatc
     found = measure_sensitivity(model, tiny_tokenizer(), data, n_texts=16, n_rows=20)
     assert found.rows == 20
     assert all(not texts & set(rows["text"][:]) for rows in seen)
+
+
+def test_limits_that_nothing_meets_are_named():
+    with pytest.raises(ValueError, match=r"Nothing gets to 10 % of the multiply-accumulates: .* the least are 25 %"):
+        propose(FOUND, target_mb=None, min_retention=0.9, max_macs=0.1)

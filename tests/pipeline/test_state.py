@@ -1,5 +1,7 @@
 """What counts as the same run: the contents of model and data, and nothing that the run itself writes."""
 
+from dataclasses import replace
+
 import pytest
 from datasets import Dataset, DatasetDict
 
@@ -48,3 +50,41 @@ def test_what_a_run_writes_is_not_its_input(tmp_path):
     assert list((tmp_path / "rows").rglob("cache-*"))
     compress(recipe, output)
     assert time_of(output) == made
+
+
+def test_downloads_and_notes_are_no_inputs_and_weights_are(tmp_path):
+    splits().save_to_disk(tmp_path / "rows")
+    recipe, output = recipe_on(tmp_path, str(tmp_path / "rows")), tmp_path / "out"
+    compress(recipe, output)
+    made = time_of(output)
+    (tmp_path / "model" / ".cache").mkdir()
+    (tmp_path / "model" / ".cache" / "downloaded").write_text("now")
+    (tmp_path / "model" / "README.md").write_text("A model.")
+    compress(recipe, output)
+    assert time_of(output) == made
+    save_tiny_bert(tmp_path / "model", layers=2)
+    compress(recipe, output)
+    assert time_of(output) != made
+
+
+def test_a_run_of_another_seed_is_not_deleted_unasked(tmp_path):
+    recipe, output = recipe_on(tmp_path, "mine"), tmp_path / "out"
+    compress(recipe, output, splits=splits())
+    made = time_of(output)
+    with pytest.raises(ValueError, match=r"nothing could be kept \(seed was 0 and is 1\): give another folder"):
+        compress(replace(recipe, seed=1), output, splits=splits())
+    assert time_of(output) == made
+    compress(replace(recipe, seed=1), output, splits=splits(), overwrite=True)
+    assert time_of(output) != made
+
+
+def test_a_link_to_an_earlier_result_is_no_result(tmp_path):
+    recipe, output = recipe_on(tmp_path, "mine"), tmp_path / "out"
+    compress(recipe, output, splits=splits())
+    (output / "01-vocabulary").rename(tmp_path / "elsewhere")
+    (output / "01-vocabulary").symlink_to(tmp_path / "elsewhere")
+    changed = replace(recipe, steps=[VocabularyStep(max_size=35)])
+    report = compress(changed, output, splits=splits())
+    assert not (output / "01-vocabulary").is_symlink()
+    assert report["steps"][-1]["details"]["tokens"]["after"] == 35
+    assert (tmp_path / "elsewhere" / "model.safetensors").exists()

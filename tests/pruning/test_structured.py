@@ -283,3 +283,40 @@ def test_a_budget_of_time_is_met_by_the_table(monkeypatch):
     assert 0.65 < weights[0] / weights[1] <= 0.7
     with pytest.raises(ValueError, match="needs a table of times"):
         hc.prune(model, settings, hc.calibrate(model, config(), batches))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        hc.StructuredPruningConfig(0.6, score="l2", repair="none", multiple_of=1),
+        hc.UnstructuredPruningConfig(0.5, score="magnitude", repair="none"),
+    ],
+)
+def test_models_prepared_for_one_bit_are_refused(config):
+    model = tiny_model("bert")
+    hc.fake_quantize_(model, hc.BinaryConfig(activations=8), [tiny_batch(model)])
+    with pytest.raises(ValueError, match="prepared for weights of one bit"):
+        hc.prune(model, config)
+
+
+def test_a_decoder_that_reads_an_encoder_wants_its_states():
+    model = tiny_model("bart", "BartForCausalLM")
+    batch = tiny_batch(model)
+    config = hc.StructuredPruningConfig(budget=0.6, multiple_of=4)
+    with pytest.raises(ValueError, match="no encoder_hidden_states: nothing tells"):
+        hc.prune(model, config, [batch])
+    states = torch.randn(*batch["input_ids"].shape, model.config.d_model)
+    pruned = hc.prune(model, config, [batch | {"encoder_hidden_states": states}])
+    assert pruned.num_parameters() < model.num_parameters()
+
+
+def test_choices_are_refused_by_name():
+    model = tiny_model("bert", "BertForMultipleChoice")
+    with pytest.raises(ValueError, match="The task of a BertForMultipleChoice is unknown"):
+        hc.prune(model, hc.StructuredPruningConfig(budget=0.6, multiple_of=4), [tiny_batch(model)])
+
+
+def test_an_encoder_of_t5_alone_is_pruned():
+    model = tiny_model("t5", "T5EncoderModel")
+    config = hc.StructuredPruningConfig(budget=0.6, multiple_of=4)
+    assert hc.prune(model, config, [tiny_batch(model)]).num_parameters() < model.num_parameters()

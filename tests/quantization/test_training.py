@@ -313,3 +313,27 @@ def test_what_cannot_be_trained_for_is_refused():
         fake_quantize_(model, BinaryConfig(activations=32))
     with pytest.raises(ValueError, match="shares of the training"):
         BinaryCurriculum({1.0: 4})
+
+
+def test_sums_of_whole_numbers_do_not_overflow_in_float16():
+    model = tiny_model("bert").eval()
+    layer = model.base_model.encoder.layer[0]
+    for parameter, value in ((layer.intermediate.dense.weight, 0.0), (layer.intermediate.dense.bias, 1.0)):
+        nn.init.constant_(parameter, value)
+    # Sums of 127 x 127 over all neurons, where float16 ends at 65,504.
+    nn.init.constant_(layer.output.dense.weight, 1.0)
+    fake_quantize_(model, Int8DynamicConfig())
+    inputs = tiny_batch(model)
+    expected = predict(model, inputs)
+    with torch.autocast("cpu", dtype=torch.float16):
+        found = predict(model, inputs)
+    assert difference(found.float(), expected) < 0.05 * expected.abs().max()
+
+
+def test_loading_the_best_of_a_curriculum_is_warned_of(tmp_path, caplog):
+    stages = {0.0: 8, 0.5: 1}
+    trainer = stock_trainer(tmp_path, BinaryConfig(activations=8), [BinaryCurriculum(stages, batches())])
+    trainer.args.load_best_model_at_end = True
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    assert "may end with the weights of an earlier stage" in caplog.text

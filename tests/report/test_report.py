@@ -146,7 +146,7 @@ def test_written_report_is_the_report(report, tmp_path):
 
 @pytest.mark.parametrize("as_type", [str, lambda path: path])
 def test_terminal_shows_cells_paths_and_what_is_next(report, tmp_path, capsys, monkeypatch, as_type):
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "60")
     show_report(report, as_type(tmp_path / "run[a]"))
     shown = capsys.readouterr().out
     for row in table_rows(report):
