@@ -7,6 +7,7 @@ students start from 3 or 2 of its layers and from its head. All students of a ta
 of steps and batches, without dropout and with frozen token embeddings, and differ in what they learn from:
 
 - plain: the labels;
+- noisy: the labels, on the noisy copies that "distilled" reads, whose labels are those of the rows; 3 layers only;
 - distilled: the teacher's outputs at T = 2 and its hidden states in the layers that "uniform" maps to, no labels; in
   place of repeated epochs, copies of the rows in which tokens are left out (10 %) or replaced (15 %);
 - textbrewer: the recipe of TextBrewer's examples, KL at T = 8 without T^2 plus hidden MSE, no labels; 3 layers only.
@@ -69,6 +70,7 @@ class Plan:
     epochs: int
     batch: int
     plain: tuple[float, ...]  # learning rates to choose from
+    noisy: tuple[float, ...] = ()  # those of "plain"
     distilled: tuple[float, ...] = (8e-4,)
     textbrewer: tuple[float, ...] = (8e-4,)
 
@@ -94,7 +96,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "max_grad_norm": 0.0,
     },
 }
-DEPTHS = {"plain": (3, 2), "distilled": (3, 2), "textbrewer": (3,)}
+DEPTHS = {"plain": (3, 2), "noisy": (3,), "distilled": (3, 2), "textbrewer": (3,)}
 # The teacher's layers that three (2, 4, 6) and two (3, 6) layers imitate.
 SIGNALS = {"distilled": (2, 3, 4, 6), "textbrewer": (2, 4, 6)}
 COMMON = {
@@ -193,13 +195,16 @@ class Bench:
         settings = {key: value for key, value in asdict(plan).items() if key.startswith("teacher")}
         return self.cell(name, "teacher", settings, make)
 
+    def noisy_rows(self, name: str) -> Dataset:
+        """As many copies as there are epochs, so that each text is read once as it is and else with noise."""
+        rows, copies = self.student_rows(name), PLANS[name].epochs - 1
+        return with_noisy_copies(rows, self.tokenizer, copies, TASKS[name].can_drop) if copies else rows
+
     def lesson(self, name: str, kind: str) -> tuple[Dataset, hc.TeacherCache]:
         """The rows that a distilled student reads, and what the teacher says of them."""
         if (name, kind) not in self.lessons:
-            task, rows = TASKS[name], self.student_rows(name)
-            if kind == "distilled" and PLANS[name].epochs > 1:
-                # As many copies as there are epochs, so that each text is read once as it is and else with noise.
-                rows = with_noisy_copies(rows, self.tokenizer, PLANS[name].epochs - 1, task.can_drop)
+            task = TASKS[name]
+            rows = self.noisy_rows(name) if kind == "distilled" else self.student_rows(name)
             cache = hc.TeacherCache.build(
                 self.folder / f"{name}-{kind}-cache",
                 self.load(task, self.folder / f"{name}-teacher").eval(),
@@ -235,7 +240,8 @@ class Bench:
                 "processing_class": self.tokenizer,
                 "data_collator": self.collator(task),
             }
-            if kind == "plain":
+            if kind in ("plain", "noisy"):
+                rows = self.noisy_rows(name) if kind == "noisy" else rows
                 return Trainer(args=TrainingArguments(**arguments), train_dataset=rows, **shared)
             rows, cache = self.lesson(name, kind)
             args = hc.DistillationArguments(**arguments, **RECIPES[kind])
@@ -248,7 +254,7 @@ class Bench:
 
     def run(self, name: str, kind: str) -> None:
         """All cells of a kind of student on a task."""
-        rates = getattr(PLANS[name], kind)
+        rates = rates_of(PLANS[name], kind)
         scores = {rate: self.student(name, kind, 3, rate, seed=0)["held_out"] for rate in rates}
         best = max(scores, key=scores.get)
         for depth in DEPTHS[kind]:
@@ -288,7 +294,7 @@ class Bench:
                 continue
             found: dict[int, dict[str, list[float]]] = {3: {}, 2: {}}
             for kind, depths in DEPTHS.items():
-                searched = {r: self.stored(f"{name}-{student_name(kind, 3, r, 0)}") for r in getattr(plan, kind)}
+                searched = {r: self.stored(f"{name}-{student_name(kind, 3, r, 0)}") for r in rates_of(plan, kind)}
                 if None in searched.values():
                     continue
                 best = max(searched, key=lambda rate, by=searched: by[rate]["held_out"])
@@ -305,6 +311,11 @@ class Bench:
         for file in sorted((self.folder / "cells").iterdir()):
             stored[file.stem] = json.loads(file.read_text())
         return {"cells": cells, "summary": summarise(cells), "learning_rates": rates, "models": stored}
+
+
+def rates_of(plan: Plan, kind: str) -> tuple[float, ...]:
+    """The learning rates that a kind of student chooses from."""
+    return getattr(plan, kind) or plan.plain
 
 
 def student_name(kind: str, depth: int, rate: float, seed: int) -> str:
