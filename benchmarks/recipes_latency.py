@@ -3,8 +3,8 @@
     python benchmarks/recipes_latency.py
 
 Reads the models that `recipes.py` left in its work folder; wants a machine that does nothing else. For each recipe and
-data set with three seeds: forwards of both models taken in turn, medians, by one thread and by two, on batches of 8
-and 32 rows of 64 tokens, float32 against the result's own format.
+data set with three seeds: forwards of all models taken in turn, medians, by one thread and by two, on batches of 8 and
+32 rows of 64 tokens. "result" is the quantized model; "bf16" the one before that step, loaded in bfloat16.
 """
 
 import argparse
@@ -27,11 +27,15 @@ SEEDS, THREADS, BATCHES, LENGTH = (0, 1, 2), (1, 2), (8, 32), 64
 
 
 def measure(folder: Path, n_runs: int) -> dict[str, float]:
-    """Dense time by compressed time, by threads and rows."""
+    """Dense time in float32 by compressed time, by format, threads and rows."""
     report = json.loads((folder / "report.json").read_text())
+    made = [step["folder"] for step in report["steps"] if "quality" in step]
+    dense, result = report["reference"], report["result"]
+    load = AutoModelForSequenceClassification.from_pretrained
     models = {
-        name: AutoModelForSequenceClassification.from_pretrained(folder / report[name]).eval()
-        for name in ("reference", "result")
+        "dense": load(folder / dense),
+        "result": load(folder / result),
+        "bf16": load(folder / made[made.index(result) - 1], dtype=torch.bfloat16),
     }
     found = {}
     for threads in THREADS:
@@ -39,7 +43,9 @@ def measure(folder: Path, n_runs: int) -> dict[str, float]:
         for size in BATCHES:
             batch = sample_batch(list(models.values()), size, LENGTH)
             latency = hc.compare_latency(models, batch, n_runs=n_runs)
-            found[f"{threads} threads, {size} rows"] = 1 / latency.ratio["result"]
+            found |= {
+                f"{name}, {threads} threads, {size} rows": 1 / latency.ratio[name] for name in ("result", "bf16")
+            }
     return found
 
 

@@ -96,7 +96,21 @@ def _load_files(files: dict[str, list[Path]]) -> "DatasetDict":
                 f"{', '.join(paths)} cannot be read as {loader}, or has no rows: "
                 f"{str(error.__cause__ or error).strip()}. Correct the file, or take it out of the folder."
             ) from error
+        if options.get("sep") == "\t":
+            _check_no_tabs(splits[split], paths)
     return splits
+
+
+def _check_no_tabs(rows: "Dataset", paths: list[str]) -> None:
+    """Raises where a quotation mark that is never closed has made one text of several rows."""
+    for name, feature in rows.features.items():
+        if getattr(feature, "dtype", None) in ("string", "large_string") and any(
+            "\t" in (text or "") for text in rows[name]
+        ):
+            raise ValueError(
+                f"{', '.join(paths)}: a quotation mark at the beginning of a text in column {name!r} joins rows. Put "
+                "texts with quotation marks into quotation marks, those inside doubled, or save the file as parquet."
+            )
 
 
 def evaluation_split(splits: "DatasetDict", name: str | None = None) -> str:
@@ -372,7 +386,9 @@ def check_length(model: "PreTrainedModel", dataset: "Dataset") -> None:
 
     lengths = list(dataset["length"])
     row = dataset[lengths.index(max(lengths))]
-    inputs = {name: torch.tensor([row[name]]) for name in forward_columns(model) & set(row) - {"labels"}}
+    inputs = {
+        name: torch.tensor([row[name]], device=model.device) for name in forward_columns(model) & set(row) - {"labels"}
+    }
     try:
         with torch.inference_mode():
             model(**inputs)

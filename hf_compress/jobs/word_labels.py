@@ -1,5 +1,6 @@
 """Sentences whose words are labelled: checked, numbered, tokenized, and made noisy."""
 
+import copy
 import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -76,6 +77,11 @@ def word_label_names(rows: Dataset, label_column: str) -> list[str]:
         names = sorted(values, key=lambda name: (name != OUTSIDE, name))
     elif all(isinstance(value, int) and value >= 0 for value in values):
         names = [str(i) for i in range(max(values) + 1)]
+    elif all(isinstance(value, int) for value in values):
+        raise ValueError(
+            f"Column {label_column!r} has the label {min(values)}, and labels count from 0: give every word a label, "
+            "or leave its sentence out."
+        )
     else:
         raise ValueError(f"Column {label_column!r} mixes names and numbers: write all labels in one of these ways.")
     if len(names) < 2:
@@ -100,7 +106,7 @@ def word_label_ids(rows: Dataset, split: str, label_column: str, config: "PreTra
     shares_names = isinstance(feature, ClassLabel) and bool(set(feature.names) & set(by_name))
 
     def number(label: Any) -> int | None:
-        if shares_names:
+        if shares_names and label >= 0:
             return by_name.get(feature.names[label])
         if isinstance(label, str):
             return by_name.get(label)
@@ -138,16 +144,13 @@ def tokenize_words(
         `Dataset`: The tokenizer's columns, `labels` with -100 where no word begins, and `length` in tokens.
 
     Raises:
-        ValueError: if the tokenizer cannot tell the words of its tokens.
+        ValueError: if the tokenizer cannot tell the words of its tokens, or would join them.
     """
-    if not tokenizer.is_fast:
-        raise ValueError(
-            f"{type(tokenizer).__name__} is no fast tokenizer, so it cannot tell which word a token is of: load it "
-            "with AutoTokenizer, use_fast=True."
-        )
+    check_reads_words(tokenizer)
+    # A tokenizer remembers the last truncation, and would be saved with it.
+    tokenizer = copy.deepcopy(tokenizer)
 
     def encode(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
-        # Some tokenizers take spelled words only with a space before them; byte-level ones raise and say so.
         encoded = tokenizer(batch[column], is_split_into_words=True, truncation=True, max_length=max_length)
         all_labels = []
         for place, index in enumerate(indices):
@@ -157,6 +160,29 @@ def tokenize_words(
 
     kept = rows.select_columns([column])
     return kept.map(encode, batched=True, with_indices=True, remove_columns=[column], desc="Tokenizing")
+
+
+def check_reads_words(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Raises if a tokenizer cannot be given words one by one.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): The tokenizer.
+
+    Raises:
+        ValueError: if it cannot tell which word a token is of, or reads words as if there were no space between them.
+    """
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"{type(tokenizer).__name__} is no fast tokenizer, so it cannot tell which word a token is of: load it "
+            "with AutoTokenizer, use_fast=True."
+        )
+    # Byte-level ones write a space into the token behind it.
+    apart = tokenizer(["a", "a"], is_split_into_words=True, add_special_tokens=False)
+    if apart["input_ids"] != tokenizer("a a", add_special_tokens=False)["input_ids"]:
+        raise ValueError(
+            f"{type(tokenizer).__name__} reads a list of words as if there were no space between them: load it with "
+            "add_prefix_space=True, and save it beside the model."
+        )
 
 
 def words_with_tokens(
@@ -175,6 +201,8 @@ def words_with_tokens(
     Returns:
         `list[list[int]]`: Places of words, in order.
     """
+    # As in `tokenize_words`.
+    tokenizer = copy.deepcopy(tokenizer)
     encoded = tokenizer(rows[column][:], is_split_into_words=True, truncation=True, max_length=max_length)
     return [[word for word in _starts(encoded.word_ids(row)) if word is not None] for row in range(len(rows))]
 
@@ -187,7 +215,7 @@ def _starts(words: Sequence[int | None]) -> list[int | None]:
 def noisy_sentences(
     rows: Dataset, column: str, labels: Sequence[Sequence[int]], config: AugmentationConfig
 ) -> tuple[Dataset, list[list[int]]]:
-    """Sentences and noisy copies of them, in which words are left out or replaced, and keep their places' labels.
+    """Sentences and noisy copies of them, in which words are left out or replaced by others with their labels.
 
     Args:
         rows (`Dataset`): Checked rows.
@@ -200,12 +228,12 @@ def noisy_sentences(
     """
     draw = random.Random(config.seed)
     sentences = [(words, list(ids)) for words, ids in zip(rows[column], labels, strict=True)]
-    known = [word for words, _ in sentences for word in words]
+    known = [pair for words, ids in sentences for pair in zip(words, ids, strict=True)]
 
     def change(words: list[str], ids: list[int]) -> tuple[list[str], list[int]]:
         kept = [i for i in range(len(words)) if draw.random() >= config.word_dropout] or [0]
-        noisy = [draw.choice(known) if draw.random() < config.word_replacement else words[i] for i in kept]
-        return noisy, [ids[i] for i in kept]
+        noisy = [draw.choice(known) if draw.random() < config.word_replacement else (words[i], ids[i]) for i in kept]
+        return [word for word, _ in noisy], [label for _, label in noisy]
 
     sentences += [change(*sentence) for sentence in sentences[:] for _ in range(config.copies)]
     return Dataset.from_dict({column: [words for words, _ in sentences]}), [ids for _, ids in sentences]

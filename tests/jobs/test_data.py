@@ -375,3 +375,10 @@ def test_only_numbers_are_parts_of_a_split(tmp_path):
         "validation_matched": 4,
         "test": 5,
     }
+
+
+def test_rows_that_a_quotation_mark_joins_are_refused(tmp_path):
+    lines = ["text\tlabel", "good one\t1", '"Quoted start, he said\t0', "middle\t1", '"Another start\t0', "last\t1"]
+    (tmp_path / "train.tsv").write_text("\n".join(lines) + "\n")
+    with pytest.raises(ValueError, match="quotation mark at the beginning of a text in column 'text' joins rows"):
+        load_splits(str(tmp_path))

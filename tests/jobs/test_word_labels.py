@@ -1,12 +1,23 @@
 """Labels and outputs of words stay together, whatever tokenizers make of the words."""
 
 import numpy as np
+import pytest
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
+from transformers import BertConfig
 
+from hf_compress.distillation.augmentation import AugmentationConfig
 from hf_compress.jobs.task_data import read_task
-from hf_compress.jobs.word_labels import words_with_tokens
+from hf_compress.jobs.word_labels import (
+    check_reads_words,
+    noisy_sentences,
+    tokenize_words,
+    word_label_ids,
+    word_label_names,
+    words_with_tokens,
+)
 from hf_compress.recipe.steps import DataConfig
+from tests.pruning import tiny_tokenizers
 from tests.tiny_job import save_tiny_bert, tiny_tokenizer
 from tests.tiny_recipe import BertForTokenClassification
 
@@ -32,3 +43,38 @@ def test_outputs_of_words_without_tokens(tmp_path):
     assert found.labels.tolist() == [[0, 0, 1, 0]]
     logits = model.classifier.bias.tolist()
     np.testing.assert_allclose(found.logits[0], [logits, [1.0, 0.0], logits, logits], rtol=1e-6)
+
+
+def test_words_are_read_with_the_spaces_between_them():
+    rows, labels = Dataset.from_dict({"words": [["the", "price"]]}), [[0, 1]]
+    for tokenizer in (tiny_tokenizers.roberta(), tiny_tokenizers.qwen2()):
+        with pytest.raises(ValueError, match="as if there were no space .* add_prefix_space=True"):
+            tokenize_words(rows, tokenizer, "words", labels, 12)
+    for tokenizer in (tiny_tokenizers.gpt2(), tiny_tokenizers.llama(), tiny_tokenizers.xlm_roberta()):
+        check_reads_words(tokenizer)
+
+
+def test_a_tokenizer_is_left_without_the_truncation_of_a_run():
+    rows, tokenizer = Dataset.from_dict(WORDS), tiny_tokenizer()
+    tokenize_words(rows, tokenizer, "words", [[0, 0, 1, 0]], 4)
+    words_with_tokens(rows, tokenizer, "words", 4)
+    assert tokenizer.backend_tokenizer.truncation is None
+
+
+def test_a_missing_label_is_no_label():
+    features = Features(words=List(Value("string")), tags=List(ClassLabel(names=["O", "B-PER", "B-LOC"])))
+    rows = Dataset.from_dict({"words": [["John", "went"]], "tags": [[1, -1]]}, features)
+    model = BertConfig(id2label={0: "O", 1: "B-PER", 2: "B-LOC"}, label2id={"O": 0, "B-PER": 1, "B-LOC": 2})
+    with pytest.raises(ValueError, match="Label -1 of row 0 .* is unknown"):
+        word_label_ids(rows, "train", "tags", model)
+    with pytest.raises(ValueError, match="has the label -100, and labels count from 0"):
+        word_label_names(Dataset.from_dict({"words": [["a", "b"]], "tags": [[1, -100]]}), "tags")
+
+
+def test_words_that_replace_others_bring_their_labels():
+    names = {"good": 1, "bad": 2, "the": 0, "film": 0}
+    rows = Dataset.from_dict({"words": [["the", "good", "film"], ["the", "bad", "film"]]})
+    labels = [[names[word] for word in words] for words in rows["words"]]
+    noisy, ids = noisy_sentences(rows, "words", labels, AugmentationConfig(copies=20, word_replacement=0.5))
+    assert len(noisy) == 42
+    assert [[names[word] for word in words] for words in noisy["words"]] == ids
