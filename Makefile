@@ -15,7 +15,7 @@ demo: $(READY)  ## the main job on packaged weights and data: make demo ARGS="--
 	$(BIN)/hf-compress demo $(ARGS)
 
 test: quality  ## make test ARGS="tests/pruning -x" WORKERS=4
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 style: $(READY)  ## rewrite the code in the house format
 	$(BIN)/ruff check --fix .

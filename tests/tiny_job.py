@@ -21,7 +21,9 @@ GOOD = ("good", "great", "fine", "lovely", "best")
 BAD = ("bad", "poor", "awful", "dull", "worst")
 OTHER = tuple("the a film plot was is very quite of in it story cast this that one two with and but".split())
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-VOCABULARY = (*SPECIAL, *GOOD, *BAD, *OTHER)
+# Some that no text has, so that a vocabulary can be cut, and others change their numbers.
+UNSEEN = ("never", "seen", "anywhere")
+VOCABULARY = (*SPECIAL, *UNSEEN, *GOOD, *BAD, *OTHER)
 NAMES = ("bad", "good")
 
 

@@ -54,7 +54,7 @@ def tiny_recipe(folder: Path, data: DataConfig | None = None, steps: list | None
     data = data or tiny_data(folder / "data")
     default = [
         FinetuneStep(num_train_epochs=2, per_device_train_batch_size=16, learning_rate=1e-2, arguments=CPU),
-        VocabularyStep(max_size=36),
+        VocabularyStep(max_size=36, characters="corpus"),
         PruneStep(budget=0.5, n_texts=32, multiple_of=4),
         RecoverStep(num_train_epochs=2, per_device_train_batch_size=16, augment_copies=1, arguments=CPU),
         EvaluateStep(min_retention=0.1),

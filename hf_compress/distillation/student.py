@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from hf_compress.checkpoint.config import METHOD
 from hf_compress.checkpoint.widths import cut_to_widths_, read_widths, write_widths_
 from hf_compress.distillation.config import LayerRule, StudentConfig
+from hf_compress.modeling.autocast import remove_autocast_
 from hf_compress.modeling.blocks import count_layers, find_stacks
 from hf_compress.modeling.narrow import (
     hidden_width,
@@ -86,6 +87,7 @@ def make_student(teacher: "PreTrainedModel", config: StudentConfig) -> "PreTrain
     _check_wrapper(teacher, config)
     _check_teacher(teacher, config)
     student = copy.deepcopy(teacher)
+    remove_autocast_(student)
     for position, stack in enumerate(find_stacks(teacher)):
         number, layers = _choice(config, is_decoder=position > 0)
         total = count_layers(teacher, stack)
@@ -143,6 +145,13 @@ def _check_teacher(teacher: "PreTrainedModel", config: StudentConfig) -> None:
         raise ValueError(
             f"The teacher {type(teacher).__name__} is quantized ({compression['quant_method']}): a student of it "
             "could not be trained. Make the student from the full-precision model, then quantize the student."
+        )
+    is_prepared = any("prepared_for" in vars(module) for module in teacher.modules())
+    if is_prepared and (config.hidden_size is not None or config.init == "random"):
+        raise ValueError(
+            f"The teacher {type(teacher).__name__} was prepared by fake_quantize_, and the new model that "
+            f"hidden_size={config.hidden_size} and init={config.init!r} need would not be: make the student of the "
+            "model before, and call fake_quantize_ on the student."
         )
     has_decoder = len(find_stacks(teacher)) > 1
     if not has_decoder and (config.num_decoder_layers is not None or config.decoder_layers is not None):

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from hf_compress.modeling.autocast import without_autocast
 from hf_compress.modeling.tasks import IGNORED, forward_columns, task_of, unwrap
 
 _TARGETS = {"labels", "start_positions", "end_positions"}
@@ -33,6 +34,8 @@ class Predictions:
 def inference(*models: nn.Module) -> Iterator[None]:
     """Evaluation mode without autograd; on leaving, every submodule has the training flag it had before.
 
+    What accelerate leaves of a training in mixed precision is off too: a saved model has none of it.
+
     Args:
         models (`nn.Module`): The models to switch.
     """
@@ -40,7 +43,7 @@ def inference(*models: nn.Module) -> Iterator[None]:
     for model in models:
         model.eval()
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), without_autocast(*models):
             yield
     finally:
         for module, is_training in flags:

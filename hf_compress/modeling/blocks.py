@@ -298,7 +298,12 @@ def lookup_tables(model: nn.Module) -> dict[str, nn.Embedding]:
     layout = find_layout(unwrap(model).config)
     whole = {join(_base_name(unwrap(model)), path) for path in layout.read_whole}
     found = {name: find_module(unwrap(model), name) for name in embedding_names(model) if name not in whole}
-    return {name: module for name, module in found.items() if type(module) is nn.Embedding}
+    return {name: module for name, module in found.items() if _stands_for(module) is nn.Embedding}
+
+
+def _stands_for(module: nn.Module) -> type:
+    """The class whose forward a module has, but for rounding: one that is trained for a number format says so."""
+    return getattr(type(module), "stands_for", type(module))
 
 
 def token_embeddings(model: nn.Module) -> list[nn.Embedding]:

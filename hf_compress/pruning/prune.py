@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from hf_compress.modeling.autocast import remove_autocast_
 from hf_compress.pruning.config import StructuredPruningConfig
 from hf_compress.pruning.structured import Data, prune_structured_
 from hf_compress.pruning.unstructured import prune_unstructured_
@@ -33,6 +34,7 @@ def prune(model: nn.Module, config: Any, data: Data | None = None) -> nn.Module:
         TypeError: if the config is of no known kind.
     """
     pruned = copy.deepcopy(model)
+    remove_autocast_(pruned)
     prune_(pruned, config, data)
     return pruned
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from hf_compress.modeling.autocast import remove_autocast_
 from hf_compress.modeling.projections import in_width
 from hf_compress.modeling.tasks import forward_columns, unwrap
 from hf_compress.pruning.batches import Batch, read_batches
@@ -49,7 +50,8 @@ def use_sparse_kernels_(
     With `"auto"`, each kind of projection (shape, sparsity, pattern, number of tokens) is timed once, in all formats
     that can hold it, in turn. A sparse one is used where it is clearly faster, and the model stays dense where it is
     not faster as a whole. Results differ from the dense ones by rounding, at any batch size; what is saved does not
-    differ. The packed weights need memory beside the dense ones.
+    differ. The packed weights need memory beside the dense ones. Merge adapters before; autocast that a training left
+    on the model is removed.
 
     Args:
         model (`nn.Module`): A Transformers model of a known architecture with zeros in its projections, from `prune`.
@@ -72,6 +74,7 @@ def use_sparse_kernels_(
         TypeError: if a projection is of a kind that is not known, or quantized.
     """
     model = unwrap(model)
+    remove_autocast_(model)
     if sparse_compute not in ("auto", "dense", *PACKERS):
         known = ", ".join(map(repr, ("auto", "dense", *PACKERS)))
         raise ValueError(f"sparse_compute={sparse_compute!r} is unknown: give one of {known}.")

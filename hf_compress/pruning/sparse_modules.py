@@ -9,12 +9,16 @@ from transformers.pytorch_utils import Conv1D
 from hf_compress.modeling.projections import out_width, read_matrix
 from hf_compress.pruning.sparse_formats import PACKERS, SparseFormat, why_not
 
+# Numbers of a weight that are looked at before each product.
+_N_SEEN = 64
+
 
 class _Sparse(nn.Module):
     """What both kinds of projections share; `sparse_format` says which layout.
 
     The packed copy belongs to one state of the weight. Once that has changed, it is packed anew: results are right
-    also after `load_state_dict`, `.to(...)`, a copy or more pruning. Only writes through `.data` are not seen.
+    also after `load_state_dict`, `.to(...)`, a copy, more pruning or, on a CPU, merged adapters. Writes of single
+    numbers through `.data` may not be seen.
     """
 
     sparse_format: SparseFormat
@@ -110,4 +114,7 @@ def make_dense_(module: nn.Module) -> bool:
 def _state(weight: torch.Tensor) -> tuple[Any, ...]:
     # Tensors made in inference mode have no version.
     version = 0 if weight.is_inference() else weight._version
-    return version, weight.data_ptr(), weight.dtype, weight.device
+    # Adapters are merged past the version; some numbers show that, and cost a wait on other devices.
+    step = max(1, weight.numel() // _N_SEEN)
+    seen = tuple(weight.detach().flatten()[::step].tolist()) if weight.device.type == "cpu" else None
+    return version, weight.data_ptr(), weight.dtype, weight.device, seen

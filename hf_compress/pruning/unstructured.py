@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from hf_compress.checkpoint.sparse import mark_sparse_, sparse_names
+from hf_compress.checkpoint.widths import write_widths_
 from hf_compress.modeling.projections import write_matrix_
 from hf_compress.modeling.tasks import unwrap
 from hf_compress.pruning.batches import Batch, read_batches, warn_of_few_tokens
@@ -89,6 +90,8 @@ def mark_pruned_(model: nn.Module, layers: Sequence[Layer]) -> None:
     """
     n_zeros = {layer: (layer.weight == 0).sum().item() for layer in layers}
     sparse = [f"{layer.name}.weight" for layer in layers if n_zeros[layer]]
+    # A config that was taken from another model may hold that one's widths.
+    write_widths_(model)
     if sparse:
         mark_sparse_(model, [*sparse_names(model), *sparse])
     n_weights = sum(layer.weight.numel() for layer in layers)

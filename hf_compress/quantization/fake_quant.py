@@ -223,6 +223,7 @@ class FakeQuantEmbedding(FakeQuantized, nn.Embedding):
             and the whole table, of shape (tokens, channels), to the rounded rows, with straight-through gradients.
     """
 
+    stands_for = nn.Embedding
     round_rows: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:

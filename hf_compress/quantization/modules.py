@@ -119,7 +119,7 @@ def replace_(
     # Widths are read from the projections, which are there no longer afterwards.
     write_widths_(model)
     for name, module in packed.items():
-        model.set_submodule(name, module.train(model.training))
+        model.set_submodule(name, module.train(model.get_submodule(name).training))
     mark_quantized_(model)
 
 

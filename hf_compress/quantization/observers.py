@@ -105,7 +105,7 @@ def visit_inputs(
         TypeError: if the batches are no dicts of tensors.
     """
     in_decoder = _modules_of_decoder(model)
-    was_training = model.training
+    training = {module: module.training for module in model.modules()}
     model.eval()
     try:
         n_batches = 0
@@ -122,7 +122,8 @@ def visit_inputs(
                 model(**inputs)
             n_batches += 1
     finally:
-        model.train(was_training)
+        for module, was_training in training.items():
+            module.training = was_training
     if not n_batches:
         raise ValueError("The calibration data hold no batch: give an iterable of dicts of tensors, a DataLoader say.")
 

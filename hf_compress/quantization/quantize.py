@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 from transformers import BitsAndBytesConfig
 
+from hf_compress.modeling.autocast import remove_autocast_
 from hf_compress.modeling.tasks import unwrap
 from hf_compress.quantization.binary import quantize_binary_
 from hf_compress.quantization.bitsandbytes import choose_projections, quantize_bitsandbytes_
@@ -58,6 +59,7 @@ def quantize(
         TypeError: if the config is of no known kind, or `evaluate` gives no number.
     """
     quantized = copy.deepcopy(model)
+    remove_autocast_(quantized)
     quantize_(quantized, config, data, evaluate, max_drop)
     return quantized
 

@@ -1,4 +1,5 @@
 import logging
+import platform
 
 import pytest
 import torch
@@ -140,3 +141,14 @@ def test_cuda_agrees_with_the_cpu(shape):
     # A number halfway between two may be rounded either way.
     assert (found - expected).norm() < 1e-3 * expected.norm()
     torch.testing.assert_close(found, expected, rtol=0, atol=0.02 * float(expected.abs().max()))
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="these products are of x86 processors")
+@pytest.mark.parametrize("kernel", CANDIDATES["cpu"], ids=lambda kernel: kernel.name)
+def test_operations_that_kernels_call_are_there(kernel):
+    tokens = (torch.arange(120).view(8, 15) % 255 - 127).float()
+    tokens[:, 0] = 127
+    # Weights so small that no processor clips.
+    weight = (torch.arange(60).view(4, 15) % 61 - 30).to(torch.int8)
+    found = project(kernel, tokens, weight, torch.ones(4))
+    torch.testing.assert_close(found, tokens @ weight.float().T, rtol=1e-6, atol=1e-2)

@@ -9,6 +9,8 @@ import torch
 from datasets import load_dataset
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer, BertModel
 
+from hf_compress.evaluation.cost import count_macs, count_parameters
+from hf_compress.evaluation.sample import sample_batch
 from hf_compress.pipeline import compress as pipeline
 from hf_compress.pipeline.compress import compress
 from hf_compress.recipe.steps import (
@@ -54,6 +56,10 @@ def test_every_figure_is_of_the_saved_model(finished):
         folder = output / step["folder"]
         assert step["quality"]["compressed"] == pytest.approx(accuracy(folder, rows))
         assert step["cost"]["bytes_on_disk"] == sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+        loaded = AutoModelForSequenceClassification.from_pretrained(folder)
+        batch = sample_batch([loaded], 3, 12, recipe.seed)
+        assert step["cost"]["parameters"] == vars(count_parameters(loaded))
+        assert step["cost"]["macs"] == count_macs(loaded, batch)
         assert set(step["latency"]) == {"2", "3"}
         assert sum(step["parts"]["bytes"].values()) <= step["cost"]["bytes_on_disk"]
     assert models[0]["quality"]["retention"] == 1.0
@@ -65,7 +71,7 @@ def test_every_figure_is_of_the_saved_model(finished):
 def test_sizes_follow_the_settings(finished):
     _, output, report = finished
     by_step = {step["step"]: step for step in report["steps"]}
-    assert by_step["vocabulary"]["details"]["tokens"] == {"before": 35, "after": 35}
+    assert by_step["vocabulary"]["details"]["tokens"] == {"before": 38, "after": 35}
     assert by_step["vocabulary"]["quality"]["agreement"] == 1.0
     blocks = {name: by_step[name]["parts"]["bytes"] for name in ("vocabulary", "prune", "quantize")}
     kept = [blocks[name]["attention"] + blocks[name]["feed-forward"] for name in ("vocabulary", "prune")]
@@ -190,8 +196,8 @@ def test_a_student_of_a_model_with_a_head(tmp_path):
 
 def test_labelled_words(tmp_path):
     steps = [
-        FinetuneStep(num_train_epochs=6, learning_rate=1e-2, arguments=CPU, per_device_train_batch_size=16),
-        VocabularyStep(max_size=36),
+        FinetuneStep(num_train_epochs=30, learning_rate=1e-2, arguments=CPU, per_device_train_batch_size=16),
+        VocabularyStep(max_size=36, characters="corpus"),
         PruneStep(budget=0.6, n_texts=32, multiple_of=4),
         RecoverStep(num_train_epochs=1, augment_copies=1, arguments=CPU),
         QuantizeStep("fixed-point", {"bits": 4, "granularity": "group", "group_size": 8}),
@@ -200,6 +206,7 @@ def test_labelled_words(tmp_path):
     assert (report["task"], report["metric"]) == ("token-classification", "seqeval")
     model = AutoModelForTokenClassification.from_pretrained(tmp_path / "out" / report["result"])
     assert [model.config.id2label[i] for i in range(3)] == ["O", "B-BAD", "B-GOOD"]
+    assert report["steps"][0]["quality"]["compressed"] > 0.5
     # A vocabulary that still has all words of these texts changes nothing.
     assert report["steps"][1]["quality"]["agreement"] == 1.0
 

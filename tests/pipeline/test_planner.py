@@ -122,10 +122,13 @@ def test_nothing_is_chosen_on_the_rows_that_are_measured_on(tmp_path, monkeypatc
     seen = []
     real = type(data).outputs
     monkeypatch.setattr(
-        type(data), "outputs", lambda self, *args, rows=None, **kw: seen.append(rows) or real(self, *args, rows=rows)
+        type(data),
+        "outputs",
+        lambda self, *args, rows=None, **kw: seen.append(rows) or real(self, *args, rows=rows, **kw),
     )
     found = measure_sensitivity(model, tiny_tokenizer(), data, n_texts=16, n_rows=20)
     assert found.rows == 20
+    assert seen
     assert all(not texts & set(rows["text"][:]) for rows in seen)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
+from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from torch import nn
 
@@ -325,3 +326,17 @@ def test_sparse_models_lose_layers(tmp_path):
     model.save_pretrained(tmp_path)
     reloaded = type(model).from_pretrained(tmp_path, attn_implementation="eager").eval()
     assert difference(predict(reloaded, tiny_batch(model)), predict(model.eval(), tiny_batch(model))) == 0
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_merged_adapters_are_seen():
+    model = tiny_model("bert")
+    sparse = prune(model, UnstructuredPruningConfig(0.9, score="magnitude", repair="none"))
+    inputs = tiny_batch(model)
+    use_sparse_kernels_(sparse, sparse_compute="csr")
+    predict(sparse, inputs)
+    settings = LoraConfig(r=2, target_modules=["query", "value"], init_lora_weights=False)
+    merged = get_peft_model(sparse, settings).eval().merge_and_unload()
+    found = predict(merged, inputs)
+    use_dense_kernels_(merged)
+    assert difference(found, predict(merged, inputs)) < 1e-5

@@ -320,3 +320,14 @@ def test_an_encoder_of_t5_alone_is_pruned():
     model = tiny_model("t5", "T5EncoderModel")
     config = hc.StructuredPruningConfig(budget=0.6, multiple_of=4)
     assert hc.prune(model, config, [tiny_batch(model)]).num_parameters() < model.num_parameters()
+
+
+def test_widths_of_another_model_are_not_written(tmp_path):
+    model = tiny_model("bert")
+    pruned = hc.prune(model, config(budget=0.5, score="l2", repair="none"))
+    dense = type(model)(copy.deepcopy(pruned.config)).eval()
+    thin = hc.prune(dense, hc.UnstructuredPruningConfig(0.5, score="magnitude", repair="none"))
+    thin.save_pretrained(tmp_path)
+    inputs = tiny_batch(model)
+    again = auto_class("bert").from_pretrained(tmp_path, attn_implementation="eager")
+    assert difference(predict(again, inputs), predict(thin, inputs)) == 0

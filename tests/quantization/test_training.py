@@ -13,13 +13,14 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 import hf_compress
+from hf_compress.evaluation.inference import inference
 from hf_compress.formats.binary import BinaryLinear
 from hf_compress.quantization.binary import ElasticInputs, binary_weight, elastic_numbers
 from hf_compress.quantization.config import BinaryConfig, FixedPointConfig, Int8DynamicConfig
 from hf_compress.quantization.fake_quant import fake_quantized, in_floating_point, int8_rows, scale_gradient
 from hf_compress.quantization.fake_quant_fixed_point import FixedPointInputs, fixed_point_rows, learned_step
 from hf_compress.quantization.fixed_point import fit_weights
-from hf_compress.quantization.quantize import quantize
+from hf_compress.quantization.quantize import quantize, quantize_
 from hf_compress.quantization.training import BinaryCurriculum, fake_quantize_, set_activation_bits_
 from tests.distillation import tiny as distillation
 from tests.modeling.tiny import MODEL_TYPES, difference, predict, tiny_batch, tiny_model
@@ -337,3 +338,51 @@ def test_loading_the_best_of_a_curriculum_is_warned_of(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         trainer.train()
     assert "may end with the weights of an earlier stage" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "config", [FixedPointConfig(bits=4), Int8DynamicConfig(embeddings=True)], ids=["fixed", "int8"]
+)
+def test_tables_that_were_trained_for_rounding_are_packed(config, tmp_path):
+    model = tiny_model("bert", "BertForSequenceClassification")
+    trained = prepared(model, config)
+    packed = quantize(trained, config)
+    assert not fake_quantized(packed)
+    packed.save_pretrained(tmp_path)
+    inputs = tiny_batch(model)
+    again = type(packed).from_pretrained(tmp_path, attn_implementation="eager")
+    assert difference(predict(again, inputs), predict(packed, inputs)) == 0
+    assert difference(predict(packed, inputs), predict(trained, inputs)) < 1e-3
+
+
+def test_submodules_keep_their_modes_while_ranges_are_measured():
+    model = tiny_model("bert").train()
+    model.base_model.embeddings.eval()
+    modes = [module.training for module in model.base_model.embeddings.modules()]
+    quantize_(model, FixedPointConfig(activations=8), [tiny_batch(model)])
+    assert [module.training for module in model.base_model.embeddings.modules()][: len(modes)] == modes
+    assert model.training
+
+
+@pytest.mark.parametrize("settings", [{"hidden_size": 16}, {"init": "random"}])
+def test_students_that_would_forget_the_rounding_are_refused(settings):
+    model = tiny_model("bert")
+    fake_quantize_(model, Int8DynamicConfig())
+    with pytest.raises(ValueError, match="was prepared by fake_quantize_"):
+        hf_compress.make_student(model, hf_compress.StudentConfig(**settings))
+
+
+def test_what_a_training_in_bfloat16_leaves_is_not_copied_or_measured(tmp_path):
+    trainer = distillation.make_trainer("single-label", tmp_path, bf16=True)
+    trainer.train()
+    model = trainer.model
+    model.save_pretrained(tmp_path / "saved")
+    inputs = batches()[0]
+    inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    saved = predict(type(model).from_pretrained(tmp_path / "saved"), inputs)
+    assert "_original_forward" in vars(model)
+    with inference(model):
+        assert difference(model(**inputs).logits, saved) == 0
+    assert "_original_forward" in vars(model)
+    student = hf_compress.make_student(model, hf_compress.StudentConfig(num_layers=1)).eval()
+    assert difference(predict(student, inputs), saved) == 0
