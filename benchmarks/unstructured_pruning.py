@@ -139,7 +139,8 @@ class OneShotBench(PruningBench):
                 for level in levels_of(method):
                     cells = self.stored(task, method, level, seeds)
                     if cells:
-                        found = summary(cells) | {"disk": cells[0]["disk"]}
+                        scores = [cell["score"] for cell in cells]
+                        found = summary(cells) | {"scores": scores, "disk": cells[0]["disk"]}
                         methods.setdefault(method, {})[level] = found
             if dense is None or not methods:
                 continue

@@ -231,7 +231,7 @@ def test_cells_of_single_weights_are_of_saved_models_and_done_once(sparse, monke
 def test_the_order_that_is_aimed_at(sparse, scores, holds):
     module, _, _ = sparse
     names = ("random", "magnitude", "wanda", "sparsegpt")
-    methods = {name: {"0.7": {"mean": score}} for name, score in zip(names, scores, strict=True)}
+    methods = {name: {"0.7": {"scores": [score]}} for name, score in zip(names, scores, strict=True)}
     assert module.goals(0.9, methods)["random < magnitude < wanda <= sparsegpt at 70 %"] is holds
     assert module.goals(0.9, {})["random < magnitude < wanda <= sparsegpt at 70 %"] is None
 

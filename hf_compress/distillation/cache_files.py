@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 import uuid
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -210,8 +211,10 @@ def begin(folder: Path, settings: Settings) -> None:
         )
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.glob(".*.partial"):
-        if time.time() - path.stat().st_mtime > _STALE_SECONDS:
-            path.unlink(missing_ok=True)
+        # Another process may be about to give it its name.
+        with suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                path.unlink()
     if stored is None:
         write_atomically(folder / SETTINGS_FILE, json.dumps(wanted, indent=2).encode())
 

@@ -156,7 +156,10 @@ def test_pipeline(tmp_path):
     model, folder = removed_classifier(tmp_path)
     texts = [row["text"] for row in tiny_texts(6)]
     expected = pipeline("text-classification", model=model, tokenizer=tiny_tokenizer(), device="cpu")(texts)
-    assert pipeline("text-classification", model=str(folder), device="cpu")(texts) == expected
+    found = pipeline("text-classification", model=str(folder), device="cpu")(texts)
+    assert [answer["label"] for answer in found] == [answer["label"] for answer in expected]
+    # Weights are equal bit for bit; where they lie in memory may change the last bit of what is computed with them.
+    assert [answer["score"] for answer in found] == pytest.approx([answer["score"] for answer in expected], rel=1e-6)
     assert len({answer["score"] for answer in expected}) > 1
 
 
