@@ -242,6 +242,9 @@ def _default_collator(task: str, processing_class: Any) -> Callable:
         return data.DataCollatorForSeq2Seq(processing_class)
     if task in ("token-classification", "masked-lm", "causal-lm"):
         return data.DataCollatorForTokenClassification(processing_class)
+    if task == "question-answering":
+        # Answers are counted from the first token.
+        return lambda rows: processing_class.pad(rows, padding_side="right", return_tensors="pt")
     return data.DataCollatorWithPadding(processing_class)
 
 

@@ -26,6 +26,8 @@ from hf_compress.report.run_page import write_run_report
 logger = logging.getLogger(__name__)
 
 SCHEMA = 1
+# Shares of rows that are equal may differ in their last digit.
+_ROUNDING = 1e-9
 Report = dict[str, Any]
 Entry = dict[str, Any]
 
@@ -146,7 +148,7 @@ def _gate(place: Place, entries: list[Entry]) -> Entry:
     step, last = place.step, next(entry for entry in reversed(entries) if "quality" in entry)
     kept, megabytes = last["quality"]["retention"], last["cost"]["bytes_on_disk"] / 1e6
     failed = []
-    if step.min_retention is not None and not (kept is not None and kept >= step.min_retention):
+    if step.min_retention is not None and not (kept is not None and kept >= step.min_retention - _ROUNDING):
         failed.append(
             f"{last['name']} kept {'an undefined share' if kept is None else f'{kept:.4f}'} of "
             f"{last['quality']['metric']}, and min_retention is {step.min_retention:g}"
@@ -202,7 +204,7 @@ def _result(models: list[Entry], failed: Entry | None) -> str | None:
         made = [
             entry
             for entry in made
-            if (least is None or (entry["quality"]["retention"] or 0) >= least)
+            if (least is None or (entry["quality"]["retention"] or 0) >= least - _ROUNDING)
             and (most is None or entry["cost"]["bytes_on_disk"] / 1e6 <= most)
         ]
     return made[-1]["folder"] if made else None

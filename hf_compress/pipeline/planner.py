@@ -1,6 +1,7 @@
 """A recipe proposed for a model, from what pruning and rounding do to it on some hundred rows."""
 
 import logging
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -118,9 +119,11 @@ def measure_sensitivity(
     found = calibrate(model, config, batches)
     pruned, rounded = {1.0: 1.0}, {FLOAT: 1.0}
     for budget in tqdm(_possible(model, batches), desc="Pruning to budgets"):
-        pruned[budget] = score(prune(model, replace(config, budget=budget), found), tokenizer, data, rows) / whole
+        pruned[budget] = _kept(
+            score(prune(model, replace(config, budget=budget), found), tokenizer, data, rows), whole
+        )
     for name, step in tqdm(FORMATS.items(), desc="Rounding"):
-        rounded[name] = score(quantize(model, step.config()), tokenizer, data, rows) / whole
+        rounded[name] = _kept(score(quantize(model, step.config()), tokenizer, data, rows), whole)
     _, smaller = prune_vocabulary(model, tokenizer, data.texts)
     return Sensitivity(
         size_of(model), len(smaller) / len(tokenizer), pruned, rounded, len(rows), data.held_out is not None
@@ -138,6 +141,11 @@ def _possible(model: "PreTrainedModel", batches: list) -> list[float]:
             break
         possible.append(budget)
     return possible
+
+
+def _kept(score: float, whole: float) -> float:
+    """A share of the whole model's score; outputs that are all alike, whose correlation is undefined, keep nothing."""
+    return 0.0 if math.isnan(score) else score / whole
 
 
 def propose(
@@ -183,7 +191,7 @@ def propose(
                     continue
                 smallest, least = min(smallest, size.megabytes), min(least, size.macs)
                 if (target_mb is None or size.megabytes <= target_mb) and size.macs <= max_macs:
-                    steps.append(EvaluateStep(min_retention=min_retention))
+                    steps.append(EvaluateStep(min_retention=min_retention, max_mb=target_mb))
                     found.append(Proposal(steps, size.megabytes, size.macs, expected, needs_training))
     if not found:
         megabytes = "" if target_mb is None else f"{target_mb} MB and "

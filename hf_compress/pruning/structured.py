@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -218,8 +219,11 @@ def choose_units(
         ValueError: if the target cannot be met.
     """
     curves = [make_curve(site, config, calibration, costs) for site in sites]
-    plan.check_target(curves, target - costs.fixed, costs.fixed, config.uniform)
-    levels = search(curves, target - costs.fixed, config)
+    allowed, whole = target - costs.fixed, plan.total_cost(curves)
+    # A budget of everything, which rounding made a little less.
+    allowed = whole if math.isclose(target, whole + costs.fixed, rel_tol=1e-9) else allowed
+    plan.check_target(curves, allowed, costs.fixed, config.uniform)
+    levels = search(curves, allowed, config)
     return {
         site.name: calibration.removals[site.name].order[site.n_units - int(curve.kept[level]) :].sort().values
         for site, curve, level in zip(sites, curves, levels, strict=True)

@@ -15,6 +15,8 @@ from hf_compress.quantization.config import FloatConfig
 
 logger = logging.getLogger(__name__)
 
+_ROUNDING = 1e-9
+
 Evaluate = Callable[[nn.Module], float]
 Convert = Callable[[nn.Module, Any], None]
 
@@ -101,20 +103,22 @@ def find_exclusions(
         convert_(trial, exclude(config, excluded))
         return dense - gate.score(trial)
 
+    # Scores are shares: 0.90 - 0.89 is a little more than 0.01.
+    allowed = gate.max_drop + _ROUNDING
     lost = drop(())
-    if not names and lost > gate.max_drop:
+    if not names and lost > allowed:
         raise ValueError(
             f"max_drop={gate.max_drop} cannot be kept: a {type(config).__name__} takes the whole model, whose score "
             f"is {dense:.4f} before and {lost:.4f} lower after. Allow more, or take another format."
         )
     logger.info("Score %.4f in floating point, %.4f lower quantized; %.4f allowed.", dense, lost, gate.max_drop)
-    if lost <= gate.max_drop:
+    if lost <= allowed:
         return ()
     costs = {name: drop([other for other in names if other != name]) for name in _progress(names)}
     ranked = sorted(names, key=lambda name: -costs[name])
     for number in range(1, len(ranked)):
         lost = drop(ranked[:number])
-        if lost <= gate.max_drop:
+        if lost <= allowed:
             kept = ", ".join(f"{name} ({costs[name]:.4f})" for name in ranked[:number])
             logger.info("Stay in floating point, with what each alone would cost: %s. Lost: %.4f.", kept, lost)
             return tuple(ranked[:number])

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from transformers import (
     BertForMaskedLM,
     BertForQuestionAnswering,
@@ -16,6 +17,7 @@ from transformers import (
     DistilBertConfig,
     DistilBertForSequenceClassification,
     GPT2Config,
+    GPT2ForQuestionAnswering,
     GPT2LMHeadModel,
     T5Config,
     T5ForConditionalGeneration,
@@ -338,3 +340,16 @@ def test_outputs_that_are_no_numbers_are_no_decisions():
     logits = torch.full((3, 2), torch.nan)
     with pytest.raises(ValueError, match=r"not numbers \(NaN\): its training diverged"):
         retention_from_outputs(torch.zeros(3, 2), logits, torch.zeros(3, dtype=torch.long), metric="accuracy")
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_answers_do_not_depend_on_the_side_of_the_padding(side, tokenizer):
+    model = GPT2ForQuestionAnswering(tiny_gpt2(0).config).eval()
+    padded = copy.deepcopy(tokenizer)
+    padded.padding_side = side
+    lengths = (5, 9, 3, 12)
+    ids = [[5 + (row + n) % 7 for n in range(length)] for row, length in enumerate(lengths)]
+    rows = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * length for length in lengths]})
+    alone = predict(model, rows, processing_class=padded, batch_size=1).logits.argmax(-1)
+    together = predict(model, rows, processing_class=padded, batch_size=8).logits.argmax(-1)
+    assert alone.tolist() == together.tolist()

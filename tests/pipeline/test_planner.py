@@ -135,3 +135,8 @@ def test_nothing_is_chosen_on_the_rows_that_are_measured_on(tmp_path, monkeypatc
 def test_limits_that_nothing_meets_are_named():
     with pytest.raises(ValueError, match=r"Nothing gets to 10 % of the multiply-accumulates: .* the least are 25 %"):
         propose(FOUND, target_mb=None, min_retention=0.9, max_macs=0.1)
+
+
+def test_proposals_check_what_was_asked_for():
+    best = propose(FOUND, target_mb=21.0, min_retention=0.98)[0]
+    assert (best.steps[-1].min_retention, best.steps[-1].max_mb) == (0.98, 21.0)

@@ -13,6 +13,7 @@ from hf_compress.pruning.batches import token_mask
 from hf_compress.pruning.costs import Costs, measure_lengths
 from hf_compress.pruning.cutting import cut_
 from hf_compress.pruning.refit import repair_
+from hf_compress.pruning.structured import choose_units
 from hf_compress.pruning.units import find_sites
 from tests.modeling.tiny import MODEL_TYPES, auto_class, difference, predict, supports, tiny_batch, tiny_model
 
@@ -331,3 +332,17 @@ def test_widths_of_another_model_are_not_written(tmp_path):
     inputs = tiny_batch(model)
     again = auto_class("bert").from_pretrained(tmp_path, attn_implementation="eager")
     assert difference(predict(again, inputs), predict(thin, inputs)) == 0
+
+
+@pytest.mark.parametrize("fixed", [0.1, 0.7, 1.3, 2.9])
+def test_a_budget_of_everything_cuts_nothing(fixed):
+    model = tiny_model("bert")
+    settings = config(budget=1.0, score="l2", repair="none", multiple_of=1)
+    calibration = hc.calibrate(model, settings, [tiny_batch(model)])
+    sites = find_sites(find_blocks(model))
+    costs = Costs(settings.cost, sites, calibration.batches, lengths=calibration.lengths)
+    costs.fixed = fixed
+    # One step of floating point less than everything.
+    target = np.nextafter(costs.total(sites), 0.0)
+    kept = choose_units(sites, settings, calibration, costs, target)
+    assert {name: len(units) for name, units in kept.items()} == {site.name: site.n_units for site in sites}

@@ -98,3 +98,11 @@ def test_few_evaluations(model):
 
     assert find_exclusions(model, Int8DynamicConfig(), names, quantize_, Gate(score, 0.5)) == (names[5],)
     assert len(calls) == 2 + len(names) + 1
+
+
+def test_a_drop_of_exactly_what_is_allowed_is_allowed(model):
+    assert 0.9 - 0.89 > 0.01
+    quantized = quantize(
+        model, Int8DynamicConfig(), evaluate=lambda model: 0.89 if packed_names(model) else 0.9, max_drop=0.01
+    )
+    assert packed_names(quantized) == set(choose_modules(model))
