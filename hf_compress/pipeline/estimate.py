@@ -9,7 +9,7 @@ from torch import nn
 from hf_compress.distillation.student import make_student
 from hf_compress.modeling.blocks import find_blocks, task_head_names, token_embeddings
 from hf_compress.pruning.vocabulary import prune_vocabulary
-from hf_compress.recipe.steps import PruneStep, QuantizeStep, SparsifyStep, StudentStep, VocabularyStep
+from hf_compress.recipe.steps import PruneStep, QuantizeStep, SparsifyStep, StudentStep, TrainingStep, VocabularyStep
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from hf_compress.recipe.recipe import Recipe
 
 # Bits of a weight in the blocks, scales included; those of groups are added for their size.
-_BITS = {"int8": 8.0, "bf16": 16.0, "fp16": 16.0, "llm-int8": 8.0, "nf4": 4.5, "fp4": 4.5, "binary": 1.0}
+_BITS = {"int8": 8.0, "llm-int8": 8.0, "nf4": 4.5, "fp4": 4.5, "binary": 1.0}
 _BITS_OF_A_SCALE = 16
+_FLOATS = ("bf16", "fp16")
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Size:
         block_bits (`float`): Bits of a projection's weight.
         embedding_bits (`float`): Of an embedding's.
         rest_bits (`float`): Of all others.
+        density (`float`): Share of the blocks' weights that are stored.
     """
 
     blocks: float
@@ -47,11 +49,14 @@ class Size:
     block_bits: float = 32.0
     embedding_bits: float = 32.0
     rest_bits: float = 32.0
+    density: float = 1.0
 
     @property
     def megabytes(self) -> float:
         """Megabytes on disk."""
-        bits = (self.blocks + self.projections) * self.block_bits
+        # A bit for each weight says whether it is there.
+        of_block = self.block_bits * self.density + (1 if self.density < 1 else 0)
+        bits = self.blocks * of_block + self.projections * self.block_bits
         bits += (self.embeddings + self.tables) * self.embedding_bits + self.rest * self.rest_bits
         return bits / 8 / 1e6
 
@@ -74,7 +79,8 @@ def size_of(model: "PreTrainedModel") -> Size:
     tokens = take(table.weight for table in token_embeddings(model))
     tables = take(module.weight for module in others if isinstance(module, nn.Embedding))
     projections = take(module.weight for module in others if isinstance(module, nn.Linear))
-    return Size(blocks, tokens, sum(everything.values()), tables, projections)
+    bits = {f"{part}_bits": 8.0 * model.dtype.itemsize for part in ("block", "embedding", "rest")}
+    return Size(blocks, tokens, sum(everything.values()), tables, projections, **bits)
 
 
 def after(size: Size, step: Any) -> Size:
@@ -91,12 +97,14 @@ def after(size: Size, step: Any) -> Size:
     if isinstance(step, PruneStep):
         return replace(size, blocks=size.blocks * step.budget, macs=size.macs * step.budget)
     if isinstance(step, SparsifyStep):
-        # A bit for each weight says whether it is there.
-        return replace(size, block_bits=size.block_bits * (1 - step.target) + 1)
+        return replace(size, density=1 - step.target)
     if isinstance(step, QuantizeStep):
-        bits, tables = _bits_of(step)
-        rest = 16.0 if step.format in ("bf16", "fp16") else 32.0
-        return replace(size, block_bits=bits, embedding_bits=tables, rest_bits=rest)
+        bits, tables, rest = _bits_of(step, size.rest_bits)
+        density = size.density if step.format in _FLOATS else 1.0
+        return replace(size, block_bits=bits, embedding_bits=tables, rest_bits=rest, density=density)
+    if isinstance(step, TrainingStep):
+        # Weights are trained in float32, and saved so.
+        return replace(size, block_bits=32.0, embedding_bits=32.0, rest_bits=32.0)
     return size
 
 
@@ -118,7 +126,8 @@ def estimate(
     for step in recipe.steps:
         if isinstance(step, StudentStep):
             small = size_of(make_student(model, step))
-            size = replace(small, macs=size.macs * small.blocks / size.blocks)
+            bits = {name: getattr(size, name) for name in ("block_bits", "embedding_bits", "rest_bits")}
+            size = replace(small, macs=size.macs * small.blocks / size.blocks, **bits)
         elif isinstance(step, VocabularyStep):
             _, smaller = prune_vocabulary(model, tokenizer, data.texts, step)
             size = replace(size, embeddings=size.embeddings * len(smaller) / len(tokenizer))
@@ -128,15 +137,16 @@ def estimate(
     return sizes
 
 
-def _bits_of(step: QuantizeStep) -> tuple[float, float]:
-    """Bits of a weight in the blocks, and in the token embeddings."""
+def _bits_of(step: QuantizeStep, float_bits: float) -> tuple[float, float, float]:
+    """Bits of a weight in the blocks, in the token embeddings, and of those that stay as they are."""
     config = step.config()
+    if step.format in _FLOATS:
+        return 16.0, 16.0, 16.0
     if step.format == "fixed-point":
         scales = _BITS_OF_A_SCALE / config.group_size if config.granularity == "group" else 0.0
         of_tables = config.bits if config.embedding_bits is None else config.embedding_bits
-        return config.bits + scales, of_tables + scales if config.embeddings else 32.0
-    bits = _BITS[step.format]
+        return config.bits + scales, of_tables + scales if config.embeddings else float_bits, float_bits
+    of_tables = float_bits
     if step.format == "int8" and config.embeddings:
-        return bits, 8.0 if config.embedding_bits == 8 else 4 + _BITS_OF_A_SCALE / 32
-    has_tables = step.format in ("bf16", "fp16")
-    return bits, bits if has_tables else 32.0
+        of_tables = 8.0 if config.embedding_bits == 8 else 4 + _BITS_OF_A_SCALE / 32
+    return _BITS[step.format], of_tables, float_bits

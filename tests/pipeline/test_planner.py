@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import torch
 from transformers import AutoModelForSequenceClassification
 
 from hf_compress.cli.main import main
@@ -12,7 +13,7 @@ from hf_compress.pipeline.compress import compress
 from hf_compress.pipeline.estimate import Size, after, estimate, size_of
 from hf_compress.pipeline.planner import FORMATS, Sensitivity, measure_sensitivity, propose
 from hf_compress.recipe.recipe import Recipe
-from hf_compress.recipe.steps import PruneStep, QuantizeStep, StudentStep
+from hf_compress.recipe.steps import FinetuneStep, PruneStep, QuantizeStep, SparsifyStep, StudentStep
 from tests.tiny_job import save_tiny_bert, tiny_tokenizer
 from tests.tiny_recipe import tiny_data, tiny_recipe
 
@@ -71,27 +72,29 @@ def test_a_size_that_nothing_meets():
     [
         StudentStep(num_layers=2),
         PruneStep(budget=0.5, score="l2", repair="none", multiple_of=1),
+        SparsifyStep(sparsity=0.7, score="magnitude"),
+        FinetuneStep(num_train_epochs=1),
         QuantizeStep("bf16"),
         *FORMATS.values(),
         QuantizeStep("nf4"),
     ],
     ids=str,
 )
-def test_expected_sizes_are_near_those_of_the_files(tmp_path, step):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_expected_sizes_are_near_those_of_the_files(tmp_path, step, dtype):
     sizes = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 8, "vocab_size": 400}
     save_tiny_bert(tmp_path / "model", **sizes)
     data = read_task(tiny_data(tmp_path / "data"), 0)
     recipe = Recipe(str(tmp_path / "model"), data.config, [step])
-    model = AutoModelForSequenceClassification.from_pretrained(recipe.model)
+    model = AutoModelForSequenceClassification.from_pretrained(recipe.model, dtype=dtype)
+    model.save_pretrained(recipe.model)
     assert size_of(model).megabytes == pytest.approx(saved_bytes(model) / 1e6, rel=0.02)
     expected = estimate(recipe, model, tiny_tokenizer(), data)[0]
-    made = compress(recipe, tmp_path / "out")["steps"][1]
+    made = compress(recipe, tmp_path / "out")["steps"][-1]
     assert expected.megabytes == pytest.approx(made["cost"]["bytes_on_disk"] / 1e6, rel=0.15)
 
 
 def test_sparsity_counts_its_masks():
-    from hf_compress.recipe.steps import SparsifyStep
-
     assert after(SIZE, SparsifyStep(sparsity=0.5)).megabytes == pytest.approx((10e6 * 17 / 8 + 40e6) / 1e6)
 
 
