@@ -83,7 +83,7 @@ PLANS = {
     "wnut_17": Plan(2e-4, 5, 32, rows=3_394, epochs=3, batch=16, plain=(2e-4, 5e-4)),
     "stsb": Plan(2e-4, 5, 32, rows=5_749, epochs=6, batch=16, plain=(1e-4, 3e-4)),
     "mrpc": Plan(1e-4, 4, 32, rows=3_668, epochs=6, batch=16, plain=(1e-4, 3e-4)),
-    "sst2": Plan(8e-5, 1, 96, rows=15_000, epochs=2, batch=32, plain=(1e-4, 3e-4)),
+    "sst2": Plan(8e-5, 1, 96, rows=67_349, epochs=1, batch=32, plain=(1e-4, 3e-4)),
     "squad": Plan(2e-4, 2, 48, rows=1_500, epochs=4, batch=16, plain=(2e-4, 5e-4)),
 }
 RECIPES: dict[str, dict[str, Any]] = {
@@ -254,6 +254,8 @@ class Bench:
 
     def run(self, name: str, kind: str) -> None:
         """All cells of a kind of student on a task."""
+        if kind == "noisy" and PLANS[name].epochs == 1:
+            return  # These rows are read once, as they are.
         rates = rates_of(PLANS[name], kind)
         scores = {rate: self.student(name, kind, 3, rate, seed=0)["held_out"] for rate in rates}
         best = max(scores, key=scores.get)
