@@ -14,6 +14,7 @@ from transformers.core_model_loading import ConversionOps, PrefixChange, WeightC
 from hf_compress.checkpoint.config import CompressionConfig
 from hf_compress.checkpoint.packed_modules import read_formats
 from hf_compress.checkpoint.packing import pack_sparse, unpack_sparse
+from hf_compress.formats.packed import PackedModule
 from hf_compress.modeling.tasks import unwrap
 
 if TYPE_CHECKING:
@@ -31,16 +32,16 @@ def mark_sparse_(model: "PreTrainedModel", names: Iterable[str]) -> None:
 
     Args:
         model (`PreTrainedModel`): A model of any architecture.
-        names (`Iterable[str]`): Names of parameters, as in `named_parameters()`. They replace those of an earlier
-            call; without any, all weights are stored as they are.
+        names (`Iterable[str]`): Names of parameters, as in `named_parameters()`, or of the integers in the place of
+            some. They replace those of an earlier call; without any, all weights are stored as they are.
 
     Raises:
-        ValueError: if a name is not that of a parameter, or the model is quantized by another library.
+        ValueError: if a name is not that of a weight, or the model is quantized by another library.
     """
     model = unwrap(model)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    weights = _weights(model)
     names = list(names)
-    _check_known(model, [name for name in names if name not in parameters])
+    _check_known(model, [name for name in names if name not in weights])
     method = vars(model.config).get("quantization_config")
     if method is not None and not isinstance(method, CompressionConfig):
         raise ValueError(
@@ -48,8 +49,8 @@ def mark_sparse_(model: "PreTrainedModel", names: Iterable[str]) -> None:
             f"{type(method).__name__}): mark the weights of the full-precision model."
         )
     # Which name of a tied weight is saved is up to the architecture.
-    chosen = {id(parameters[name]) for name in names}
-    sparse = [name for name, parameter in parameters.items() if id(parameter) in chosen]
+    chosen = {id(weights[name]) for name in names}
+    sparse = [name for name, weight in weights.items() if id(weight) in chosen]
     write_config_(model, method.widths if method else None, sparse)
 
 
@@ -57,13 +58,13 @@ def sparse_names(model: "PreTrainedModel") -> list[str]:
     """The weights whose zeros are left out when a model is saved.
 
     Args:
-        model (`PreTrainedModel`): Any model; names of parameters that it lost since they were marked are skipped.
+        model (`PreTrainedModel`): Any model; names of weights that it lost since they were marked are skipped.
 
     Returns:
-        `list[str]`: Names of parameters.
+        `list[str]`: Names of parameters, and of integers in their place.
     """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    return [name for name in _marked(model.config) if name in parameters]
+    weights = _weights(model)
+    return [name for name in _marked(model.config) if name in weights]
 
 
 def write_config_(model: "PreTrainedModel", widths: dict[str, dict[str, int]] | None, sparse: list[str]) -> None:
@@ -98,14 +99,14 @@ def match_parameters(model: "PreTrainedModel", names: list[str]) -> dict[str, st
         `dict[str, str]`: Names in the checkpoint -> names in the model.
 
     Raises:
-        ValueError: if the model is of the class that was saved, but a name is not that of a parameter.
+        ValueError: if the model is of the class that was saved, but a name is not that of a weight.
     """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    weights = _weights(model)
     prefix = f"{model.base_model_prefix}."
     matches = {}
     for name in names:
         candidates = (name, name.removeprefix(prefix), prefix + name)
-        found = next((candidate for candidate in candidates if candidate in parameters), None)
+        found = next((candidate for candidate in candidates if candidate in weights), None)
         if found is not None:
             matches[name] = found
     if type(model).__name__ in (model.config.architectures or []):
@@ -152,7 +153,7 @@ class _Unpack(ConversionOps):
         if bitmask is None:
             return {full_layer_name: values}
         try:
-            return {full_layer_name: _unpack(values, bitmask, model.get_parameter(full_layer_name))}
+            return {full_layer_name: _unpack(values, bitmask, model.get_parameter_or_buffer(full_layer_name))}
         except ValueError as error:
             self.refused.append(f"{full_layer_name}: {error}")
             return {}
@@ -183,17 +184,31 @@ class _Pack(ConversionOps):
         return {name: tensor}
 
 
-def _unpack(values: torch.Tensor | None, bitmask: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+def _unpack(values: torch.Tensor | None, bitmask: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if values is None:
-        raise ValueError("the checkpoint has its bitmask, but not its values: get the file again.")
-    return unpack_sparse(values, bitmask, parameter.shape)
+        raise ValueError(
+            "the checkpoint has its bitmask, but not its values: get the file again, or, if it is one of several "
+            "shards, load the folder with from_pretrained."
+        )
+    return unpack_sparse(values, bitmask, weight.shape)
 
 
 def _unpack_state_dict_(model: "PreTrainedModel", state_dict: dict[str, torch.Tensor], prefix: str, *_: Any) -> None:
     """Lets `load_state_dict` take what a checkpoint holds: `Trainer` resumes without `from_pretrained`."""
-    for name, parameter in model.named_parameters(prefix.removesuffix("."), remove_duplicate=False):
+    for name, weight in _weights(model).items():
+        name = prefix + name
         if name + BITMASK in state_dict:
-            state_dict[name] = _unpack(state_dict.get(name), state_dict.pop(name + BITMASK), parameter)
+            state_dict[name] = _unpack(state_dict.get(name), state_dict.pop(name + BITMASK), weight)
+
+
+def _weights(model: "PreTrainedModel") -> dict[str, torch.Tensor]:
+    """Parameters, and the integers in the place of some."""
+    packed = {
+        f"{name}.weight": module.weight
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, PackedModule)
+    }
+    return dict(model.named_parameters(remove_duplicate=False)) | packed
 
 
 def _conversions(model: "PreTrainedModel") -> list[Any]:
@@ -216,6 +231,6 @@ def _marked(config: Any) -> Iterable[str]:
 def _check_known(model: "PreTrainedModel", unknown: list[str]) -> None:
     if unknown:
         raise ValueError(
-            f"{', '.join(unknown)} should be sparse, but {type(model).__name__} has no such parameter: give names out "
+            f"{', '.join(unknown)} should be sparse, but {type(model).__name__} has no such weight: give names out "
             "of model.named_parameters(), or restore the config.json that the checkpoint was saved with."
         )

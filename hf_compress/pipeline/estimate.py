@@ -100,7 +100,8 @@ def after(size: Size, step: Any) -> Size:
         return replace(size, density=1 - step.target)
     if isinstance(step, QuantizeStep):
         bits, tables, rest = _bits_of(step, size.rest_bits)
-        density = size.density if step.format in _FLOATS else 1.0
+        # Zeros stay zeros in whole bytes, and are lost in fewer bits.
+        density = size.density if bits in (8.0, 16.0) else 1.0
         return replace(size, block_bits=bits, embedding_bits=tables, rest_bits=rest, density=density)
     if isinstance(step, TrainingStep):
         # Weights are trained in float32, and saved so.

@@ -23,6 +23,7 @@ from hf_compress.distillation.trainer import DistillationTrainer
 from hf_compress.jobs.stages import train_once
 from hf_compress.pipeline.state import Place
 from hf_compress.pruning.callback import PruningCallback
+from hf_compress.pruning.masks import true_share
 from hf_compress.pruning.unstructured_config import UnstructuredPruningConfig
 from hf_compress.pruning.vocabulary import prune_vocabulary
 from hf_compress.pruning.weight_layers import choose_layers
@@ -177,10 +178,8 @@ def hold_zeros(model: "PreTrainedModel", config: UnstructuredPruningConfig) -> P
         config (`UnstructuredPruningConfig`): How it was pruned, for which layers that were.
     """
     layers = choose_layers(model, config)
-    shares = {layer.name.replace(".", r"\."): (layer.weight == 0).float().mean().item() for layer in layers}
-    held = UnstructuredPruningConfig(
-        sparsity=max(shares.values()), score="magnitude", scope="layer", allocation=shares, exclude=config.exclude
-    )
+    shares = {layer.name.replace(".", r"\."): true_share(layer.weight == 0) for layer in layers}
+    held = UnstructuredPruningConfig(score="magnitude", scope="layer", allocation=shares, exclude=config.exclude)
     return PruningCallback(held, schedule="constant", n_updates=1)
 
 

@@ -1,11 +1,13 @@
 """Pruning while a model is trained: by a schedule, more and more of it goes, and the rest adapts."""
 
+import json
 import logging
 from collections.abc import Iterable, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import DistributedType
 from torch import nn
@@ -21,6 +23,8 @@ from hf_compress.pruning.unstructured_config import UnstructuredPruningConfig
 
 logger = logging.getLogger(__name__)
 
+PROGRESS_FILE = "pruning.json"
+
 # What goes: heads and neurons, or single weights.
 _STRATEGIES = {StructuredPruningConfig: UnitPruning, UnstructuredPruningConfig: WeightPruning}
 
@@ -32,7 +36,8 @@ class PruningCallback(TrainerCallback):
     weights around adapt. With a `StructuredPruningConfig`, heads and neurons are switched off, and cut out at the end
     of the training (see `UnitPruning`). With an `UnstructuredPruningConfig`, single weights become 0 and are held
     there, and saves after the training leave them out (see `WeightPruning`). A training that is resumed, from a
-    checkpoint inside `output_dir`, ends like one that was not stopped.
+    checkpoint inside `output_dir`, ends like one that was not stopped. Resumed with another number of steps, it has
+    the schedule of those: what is gone stays so, and what should be gone already goes at once.
 
     Args:
         config (`StructuredPruningConfig` or `UnstructuredPruningConfig`): What to prune, and how much in the end.
@@ -82,11 +87,18 @@ class PruningCallback(TrainerCallback):
         self.config, self.data = config, data
         self.begin, self.end, self.n_batches, self.schedule = begin, end, n_batches, schedule
         self._batches: list[Mapping[str, Any]] = []
+        # Of all that is to go, how much is gone.
+        self._share = 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         """Prepares the model, as it is at the start or where a resumed training was."""
+        if args.load_best_model_at_end and self.config.score == "movement":
+            raise ValueError(
+                "load_best_model_at_end does not fit score='movement', which chooses anew at each update: the best "
+                "model may have other zeros than the last one. Set it to False, or take score='magnitude'."
+            )
         if args.load_best_model_at_end:
             logger.warning(
                 "load_best_model_at_end may bring back weights from before the last of them went, which have not "
@@ -110,16 +122,33 @@ class PruningCallback(TrainerCallback):
             self._batches = list(islice(kwargs["train_dataloader"], self.n_batches))
         checkpoint = _checkpoint(args, state) if state.global_step > 0 else None
         self._strategy.start_(unwrap(model), kwargs["optimizer"], self._batches, checkpoint)
+        self._share = 0.0 if checkpoint is None else self._read_share(checkpoint, state)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Prunes at the steps of the schedule."""
         steps = self.update_steps(state.max_steps)
-        if state.global_step in steps:
-            # Counted in updates, of which a short training has fewer than asked for: the last one reaches the end.
-            progress = (steps.index(state.global_step) + 1) / len(steps)
-            self._strategy.update_(SHARES[self.schedule](progress))
+        share = self._share_by(state.global_step, steps)
+        if share <= self._share:
+            return
+        if self._share < self._share_by(state.global_step - 1, steps):
+            logger.warning(
+                "Before step %d of %d, %.0f %% of what goes should be gone, and %.0f %% is: the training had more "
+                "steps when it was stopped. The rest goes at once; resume with as many steps to have it go slowly.",
+                state.global_step,
+                state.max_steps,
+                100 * share,
+                100 * self._share,
+            )
+        self._strategy.update_(share)
+        self._share = share
+
+    def _share_by(self, step: int, steps: list[int]) -> float:
+        """How much is to be gone before a step."""
+        # Counted in updates, of which a short training has fewer than asked for: the last one reaches the end.
+        n_due = sum(update <= step for update in steps)
+        return SHARES[self.schedule](n_due / len(steps)) if n_due else 0.0
 
     def update_steps(self, max_steps: int) -> list[int]:
         """The steps before which something is pruned.
@@ -141,20 +170,28 @@ class PruningCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Writes what a resumed training needs beside the checkpoint."""
-        self._strategy.save(_checkpoint(args, state))
+        folder = _checkpoint(args, state)
+        self._strategy.save(folder)
+        if PartialState().is_main_process:
+            (folder / PROGRESS_FILE).write_text(json.dumps({"share": self._share}) + "\n")
+
+    def _read_share(self, checkpoint: Path, state: TrainerState) -> float:
+        file = checkpoint / PROGRESS_FILE
+        if not file.exists():
+            return self._share_by(state.global_step - 1, self.update_steps(state.max_steps))
+        return json.loads(file.read_text())["share"]
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Makes the pruned model one that can be saved."""
-        last = self.update_steps(state.max_steps)[-1]
-        if state.global_step <= last:
+        if self._share < 1:
             logger.warning(
                 "The training ended after %d of %d steps, and the last update would have been before step %d, so less "
                 "is gone than was asked for: train on, or give an earlier `end`.",
                 state.global_step,
                 state.max_steps,
-                last + 1,
+                self.update_steps(state.max_steps)[-1] + 1,
             )
         self._strategy.finish_()
 

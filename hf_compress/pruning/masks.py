@@ -77,6 +77,7 @@ def blind_scores(
     if score == "random":
         drawn = torch.rand(weight.shape, generator=generator).to(weight.device)
         return (1 - drawn) * (weight != 0)
+    assert score in ("magnitude", "l1", "l2"), score
     return weight.square() if score == "l2" else weight.abs()
 
 

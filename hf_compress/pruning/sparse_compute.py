@@ -18,7 +18,7 @@ from hf_compress.pruning.batches import Batch, read_batches
 from hf_compress.pruning.latency import time_in_turn
 from hf_compress.pruning.masks import true_share
 from hf_compress.pruning.sensitivity import frozen
-from hf_compress.pruning.sparse_formats import PACKERS, best_group, block_share, why_not
+from hf_compress.pruning.sparse_formats import PACKERS, best_group, block_share, is_two_of_four, why_not
 from hf_compress.pruning.sparse_modules import can_be_sparse, make_dense_, make_sparse_
 from hf_compress.pruning.sparse_report import KernelReport, LayerKernel, choose
 from hf_compress.pruning.weight_layers import Layer, find_layers
@@ -227,6 +227,7 @@ def _kind(layer: Layer) -> tuple[Any, ...]:
         tuple(weight.shape),
         layer.module.bias is None,
         group,
+        is_two_of_four(weight),
         *(round(20 * share) for share in shares),
     )
 

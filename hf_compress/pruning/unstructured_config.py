@@ -1,5 +1,6 @@
 """What can be chosen about the pruning of single weights."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -187,7 +188,9 @@ class UnstructuredPruningConfig:
                 f"allocation={self.allocation!r} is unknown: give 'uniform', 'owl', or sparsities by name of layer."
             )
         for name, share in given.items():
-            if not isinstance(share, int | float) or not 0 <= share < 1:
+            # A single layer may go as a whole, as it may where all weights are ranked together.
+            is_whole = share == 1 and name != "sparsity"
+            if not isinstance(share, int | float) or not (0 <= share < 1 or is_whole):
                 raise ValueError(
                     f"{name}={share!r} is no share of weights to prune: give a number from 0 to below 1, such as 0.5."
                 )
@@ -204,7 +207,7 @@ class UnstructuredPruningConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r}: give a number of at least 0.")
 
     def _check_together(self) -> None:
-        if self.group is not None and self.sparsity not in (None, self.target):
+        if self.group is not None and self.sparsity is not None and not math.isclose(self.sparsity, self.target):
             raise ValueError(
                 f"sparsity={self.sparsity} and pattern={self.pattern!r} contradict each other: the pattern makes "
                 f"{self.target:g} of the weights 0. Leave sparsity out."

@@ -69,10 +69,10 @@ def test_a_weight_without_its_bitmask_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("sparse", "message"),
     [
-        (["bert.encoder.layer.9.output.dense.weight"], "BertForMaskedLM has no such parameter"),
-        (["bert.encoder.layer.1.output.dense"], "has no such parameter"),
-        (["bert.embeddings.position_ids"], "has no such parameter"),
-        (["(bert|.*)*$"], "has no such parameter"),
+        (["bert.encoder.layer.9.output.dense.weight"], "BertForMaskedLM has no such weight"),
+        (["bert.encoder.layer.1.output.dense"], "has no such weight"),
+        (["bert.embeddings.position_ids"], "has no such weight"),
+        (["(bert|.*)*$"], "has no such weight"),
         ([NAME, NAME], "distinct names"),
         ([1], "distinct names"),
         (NAME, "distinct names"),
@@ -93,7 +93,7 @@ def test_a_doubtful_config_is_refused(sparse, message, tmp_path):
 def test_names_that_cannot_be_marked():
     model = tiny_model("bert")
     for name in ("bert.embeddings.position_ids", "bert.encoder", "surprise"):
-        with pytest.raises(ValueError, match=f"{name} should be sparse, but BertForMaskedLM has no such parameter"):
+        with pytest.raises(ValueError, match=f"{name} should be sparse, but BertForMaskedLM has no such weight"):
             mark_sparse_(model, [NAME, name])
     assert not hasattr(model.config, "quantization_config")
 

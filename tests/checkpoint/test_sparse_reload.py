@@ -23,6 +23,9 @@ from hf_compress.checkpoint.sparse import BITMASK, mark_sparse_, sparse_names
 from hf_compress.checkpoint.widths import read_widths, write_widths_
 from hf_compress.modeling.blocks import find_blocks
 from hf_compress.modeling.surgery import keep_neurons_
+from hf_compress.pruning.weight_layers import find_layers
+from hf_compress.quantization.config import FixedPointConfig, Int8DynamicConfig
+from hf_compress.quantization.quantize import quantize
 from tests.checkpoint.test_reload_everywhere import assert_equal, cast_, remove_unevenly_
 from tests.modeling.tiny import MODEL_TYPES, auto_class, tiny_model
 from tests.tiny_job import save_tiny_bert, tiny_texts, tiny_tokenizer
@@ -84,6 +87,27 @@ def test_weights_of_8_bits(tmp_path):
     tensors = load(model, tmp_path / "twice").state_dict()
     assert all(tensors[name].dtype == tensor.dtype for name, tensor in model.state_dict().items())
     assert all(torch.equal(tensors[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("config", [Int8DynamicConfig(), FixedPointConfig(bits=8)], ids=["int8", "fixed"])
+@pytest.mark.parametrize("model_type", ["bert", "gpt2"])
+def test_integers_of_sparse_weights_are_sparse(model_type, config, tmp_path):
+    dense = tiny_model(model_type)
+    layers = [layer.name + ".weight" for layer in find_layers(dense)]
+    model = quantize(make_sparse_(copy.deepcopy(dense), 0.8, layers), config)
+    quantize(dense, config).save_pretrained(tmp_path / "dense")
+    model.save_pretrained(tmp_path / "once")
+    bytes_of = {one: sum(tensor.nbytes for tensor in stored(tmp_path / one).values()) for one in ("once", "dense")}
+    assert bytes_of["once"] < 0.8 * bytes_of["dense"]
+    assert packed(tmp_path / "once") == set(layers)
+    once = auto_class(model_type).from_pretrained(tmp_path / "once", attn_implementation="eager")
+    assert_equal(once, model)
+    once.save_pretrained(tmp_path / "twice", max_shard_size="3KB")
+    assert packed(tmp_path / "twice") == set(layers)
+    assert_equal(auto_class(model_type).from_pretrained(tmp_path / "twice", attn_implementation="eager"), model)
+    again = copy.deepcopy(model)
+    again.load_state_dict(stored(tmp_path / "once"), strict=False)
+    assert_equal(again, model)
 
 
 @pytest.mark.parametrize(("dtype", "sparsity", "bound"), [("float16", 0.5, 0.58), ("float32", 0.7, 0.35)])

@@ -13,6 +13,9 @@ from hf_compress.evaluation.cost import count_macs, count_parameters
 from hf_compress.evaluation.sample import sample_batch
 from hf_compress.pipeline import compress as pipeline
 from hf_compress.pipeline.compress import compress
+from hf_compress.pipeline.training import hold_zeros
+from hf_compress.pruning.unstructured_config import UnstructuredPruningConfig
+from hf_compress.pruning.weight_layers import find_layers
 from hf_compress.recipe.steps import (
     DataConfig,
     DistilStep,
@@ -25,6 +28,7 @@ from hf_compress.recipe.steps import (
     StudentStep,
     VocabularyStep,
 )
+from tests.modeling.tiny import tiny_model
 from tests.tiny_job import save_tiny_bert, tiny_texts, write_rows
 from tests.tiny_recipe import CPU, left_behind, tiny_recipe, tiny_words
 
@@ -182,6 +186,14 @@ def test_zeros_survive_the_recovery(tmp_path):
         assert not torch.equal(old, new)
     sizes = [(tmp_path / "out" / name / "model.safetensors").stat().st_size for name in ("02-sparsify", "03-recover")]
     assert sizes[0] == pytest.approx(sizes[1], rel=0.01)
+
+
+def test_layers_without_any_weight_are_held_too():
+    model = tiny_model("bert", "BertForSequenceClassification")
+    layer = find_layers(model)[0]
+    layer.weight.data.zero_()
+    held = hold_zeros(model, UnstructuredPruningConfig(0.5, score="magnitude", scope="global"))
+    assert held.config.allocation[layer.name.replace(".", r"\.")] == 1.0
 
 
 def test_a_student_of_a_model_with_a_head(tmp_path):

@@ -112,6 +112,16 @@ def test_what_is_off_stays_off_and_a_resumed_run_ends_alike(tmp_path):
         assert torch.equal(one, other), name
 
 
+def test_a_training_resumed_with_fewer_steps_reaches_the_budget(tmp_path):
+    batches = [tiny_batch(classifier())]
+    steps = {"save_strategy": "steps", "save_steps": 5}
+    with pytest.raises(Stop):
+        trainer(tmp_path, Interrupted(config(), batches, n_updates=4, end=1.0), **steps).train()
+    second = trainer(tmp_path, hc.PruningCallback(config(), batches, n_updates=4, end=0.5), **steps, max_steps=7)
+    second.train(resume_from_checkpoint=True)
+    assert macs(second.model, batches) / macs(classifier(), batches) <= 0.5
+
+
 @pytest.mark.parametrize("schedule", ["constant", "linear"])
 def test_every_schedule_reaches_the_budget(schedule, tmp_path):
     callback = hc.PruningCallback(config(score="l2"), schedule=schedule)

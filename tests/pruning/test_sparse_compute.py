@@ -17,7 +17,7 @@ from hf_compress.modeling.projections import write_matrix_
 from hf_compress.modeling.surgery import keep_layers_
 from hf_compress.pruning.config import StructuredPruningConfig
 from hf_compress.pruning.prune import prune, prune_
-from hf_compress.pruning.sparse_compute import dense_kernels, use_dense_kernels_, use_sparse_kernels_
+from hf_compress.pruning.sparse_compute import _kind, dense_kernels, use_dense_kernels_, use_sparse_kernels_
 from hf_compress.pruning.sparse_formats import PACKERS
 from hf_compress.pruning.sparse_report import choose
 from hf_compress.pruning.unstructured_config import UnstructuredPruningConfig
@@ -214,6 +214,15 @@ def test_auto_follows_the_times_and_takes_them_once_per_kind(caplog):
     assert report.to_dict()["layers"][0]["shape"] == [32, 32]
     with torch.no_grad():
         model(**tiny_batch(model))
+
+
+def test_two_of_four_is_a_kind_of_its_own():
+    model = tiny_model("bert")
+    for pattern, exclude in (("2:4", r".*layer\.[1-9]"), (None, r".*layer\.0")):
+        settings = {"pattern": pattern, "exclude": [exclude], "score": "random"}
+        model = prune(model, UnstructuredPruningConfig(0.5, **settings))
+    one, other = [layer for layer in find_layers(model) if layer.name.endswith("attention.self.query")][:2]
+    assert _kind(one) != _kind(other)
 
 
 def test_formats_that_are_far_behind_are_not_timed_on():

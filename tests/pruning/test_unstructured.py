@@ -337,6 +337,11 @@ def test_a_config_that_makes_no_sense_is_refused(values, message):
         config(**values)
 
 
+@pytest.mark.parametrize(("sparsity", "pattern"), [(0.3, "7:10"), (0.2, "4:5"), (2 / 3, "1:3")])
+def test_a_sparsity_may_say_what_the_pattern_says(sparsity, pattern):
+    assert UnstructuredPruningConfig(sparsity, pattern=pattern).target == pytest.approx(sparsity)
+
+
 def test_bad_input_is_refused():
     model = tiny_model("bert", TEXT)
     batch = tiny_batch(model)

@@ -179,6 +179,12 @@ def test_the_best_model_is_as_sparse_as_was_asked_for(tmp_path, caplog):
     assert "may bring back weights from before the last of them went" in caplog.text
 
 
+def test_movement_has_no_best_model(tmp_path):
+    values = {"load_best_model_at_end": True, "save_strategy": "steps", "eval_strategy": "steps", "eval_steps": 1}
+    with pytest.raises(ValueError, match="load_best_model_at_end does not fit score='movement'"):
+        make_trainer(tmp_path, [hc.PruningCallback(config(score="movement"))], save_steps=1, **values).train()
+
+
 def test_one_step_is_too_short_for_movement(tmp_path):
     with pytest.raises(ValueError, match="A training of 1 steps has none before which score='movement' can be told"):
         make_trainer(tmp_path, [hc.PruningCallback(config(score="movement"))], max_steps=1).train()

@@ -1,6 +1,7 @@
 """Trainings that are stopped and resumed end like those that are not, bit for bit; two processes prune as one."""
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -49,6 +50,24 @@ def test_a_resumed_training_ends_alike(stop, distilled, values, tmp_path):
     second.train(resume_from_checkpoint=True)
     assert_equal(whole.model, second.model)
     assert any(mask.any() for mask in zeros(whole.model).values())
+
+
+@pytest.mark.parametrize(
+    ("score", "first", "then"), [("magnitude", 40, 12), ("magnitude", 8, 32), ("movement", 8, 32)]
+)
+def test_a_training_resumed_with_another_length_never_goes_back(score, first, then, tmp_path, caplog):
+    saves = {"save_strategy": "steps", "save_steps": 1}
+    with pytest.raises(Stop):
+        make_trainer(tmp_path, [callback(score=score), StopAt(7)], **saves, max_steps=first).train()
+    before = type(model_of()).from_pretrained(tmp_path / "checkpoint-7")
+    second = make_trainer(tmp_path, [callback(score=score)], **saves, max_steps=then)
+    with caplog.at_level(logging.WARNING, "hf_compress"):
+        second.train(resume_from_checkpoint=True)
+    for name, mask in zeros(second.model).items():
+        assert mask.double().mean() == pytest.approx(0.6, abs=0.001), name
+        if score == "magnitude":
+            assert not (zeros(before)[name] & ~mask).any()
+    assert ("had more steps when it was stopped" in caplog.text) == (then < first)
 
 
 @pytest.fixture(scope="module")
