@@ -63,7 +63,8 @@ def multiply_signs(numbers: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
     # On other devices, the product of bytes takes some sizes only; on the CPU, PyTorch's is wrong for one input.
     if numbers.device.type != "cpu" or signs.shape[1] == 1 or not len(numbers):
         # Below 2^24, integers in float32 are exact, in whatever order they are summed.
-        return numbers @ signs.float().T
+        with torch.autocast(numbers.device.type, enabled=False):
+            return numbers @ signs.float().T
     if numbers.max() <= 127:
         return torch._int_mm(numbers.to(torch.int8), signs.T).float()
     lowered = torch._int_mm((numbers - _OFFSET).to(torch.int8), signs.T)

@@ -195,7 +195,12 @@ def _prepare_int_mm_cuda(weight: torch.Tensor, scales: torch.Tensor) -> Product:
 
 
 def _prepare_float32(weight: torch.Tensor, scales: torch.Tensor) -> Product:
-    return lambda numbers: (numbers.float() @ weight.float().T).mul_(scales)
+    def multiply(numbers: torch.Tensor) -> torch.Tensor:
+        # Sums of whole numbers leave the range of float16.
+        with torch.autocast(numbers.device.type, enabled=False):
+            return (numbers.float() @ weight.float().T).mul_(scales)
+
+    return multiply
 
 
 ONEDNN_ROWS = Kernel("oneDNN, rounding by FBGEMM", _round_unsigned_at_once, _prepare_onednn_rows)

@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import nn
 
-# Where accelerate keeps the forward that it wrapped.
-_ORIGINAL, _WRAPPED = "_original_forward", "forward"
+# Where accelerate keeps the forward that it wrapped, and what stops it from wrapping a model again: a copy would be
+# trained without mixed precision.
+_ORIGINAL, _WRAPPED, _DONE = "_original_forward", "forward", "_is_accelerate_prepared"
 
 
 def remove_autocast_(model: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]]]:
@@ -22,8 +23,10 @@ def remove_autocast_(model: nn.Module) -> list[tuple[dict[str, Any], dict[str, A
     removed = []
     for module in model.modules():
         own = vars(module)
-        if _ORIGINAL in own:
-            removed.append((own, {name: own.pop(name) for name in (_ORIGINAL, _WRAPPED) if name in own}))
+        names = (_ORIGINAL, _WRAPPED, _DONE) if _ORIGINAL in own else (_DONE,)
+        found = {name: own.pop(name) for name in names if name in own}
+        if found:
+            removed.append((own, found))
     return removed
 
 

@@ -1,14 +1,13 @@
 """Floating-point numbers of 16 bits: a cast that keeps in float32 what must stay there."""
 
 import logging
-import re
 
 import torch
 from transformers import PreTrainedModel
 
 from hf_compress.modeling.surgery import configs
 from hf_compress.quantization.config import FloatConfig
-from hf_compress.quantization.modules import check_float
+from hf_compress.quantization.modules import check_float, stays_float32
 
 logger = logging.getLogger(__name__)
 
@@ -32,11 +31,10 @@ def cast_(model: PreTrainedModel, config: FloatConfig, data: None = None) -> Non
     check_float(model)
     dtype = _DTYPES[config.dtype]
     # The same rule as in `from_pretrained`, or a model that is loaded would differ from the one that was saved.
-    stays = list(model._get_dtype_plan(dtype))
-    pattern = re.compile("|".join(f"(?:{name.replace('*', '.*')})" for name in stays)) if stays else None
+    is_kept = stays_float32(model, dtype)
     # Unlike `.to`, leaves tables of angles as they are, which no checkpoint holds.
     tensors = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if tensor.is_floating_point()}
-    kept = {id(tensor) for name, tensor in tensors.items() if pattern is not None and pattern.search(name)}
+    kept = {id(tensor) for name, tensor in tensors.items() if is_kept(name)}
     for name, tensor in tensors.items():
         if id(tensor) not in kept:
             _check_range(name, tensor.detach(), dtype)

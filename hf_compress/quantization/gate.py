@@ -96,7 +96,7 @@ def find_exclusions(
     Raises:
         ValueError: if the score does not hold with one module quantized alone.
     """
-    dense = gate.score(model)
+    dense = gate.score(copy.deepcopy(model))
 
     def drop(excluded: Sequence[str]) -> float:
         trial = copy.deepcopy(model)

@@ -47,6 +47,8 @@ def choose_modules(
         for name, module in model.named_modules()
         if (isinstance(module, nn.Linear | Conv1D) or name in tables) and module.weight.numel()
     }
+    float32 = stays_float32(model, model.dtype)
+    found = {name: module for name, module in found.items() if not float32(f"{name}.weight")}
     heads = [name for name in found if any(_is_in(name, head) for head in task_head_names(model))]
     excluded = {name for pattern in exclude for name in _matches(found, pattern)}
     stays = {*heads, *excluded}
@@ -57,6 +59,21 @@ def choose_modules(
     if heads:
         logger.info("The task head stays in floating point: %s.", ", ".join(heads))
     return chosen
+
+
+def stays_float32(model: PreTrainedModel, dtype: torch.dtype) -> Callable[[str], bool]:
+    """What Transformers keeps in float32 when it loads a model in another dtype, whose range it would leave.
+
+    Args:
+        model (`PreTrainedModel`): The model.
+        dtype (`torch.dtype`): Of all other weights.
+
+    Returns:
+        `Callable[[str], bool]`: Whether a tensor of a name does.
+    """
+    names = list(model._get_dtype_plan(dtype))
+    pattern = re.compile("|".join(f"(?:{name.replace('*', '.*')})" for name in names)) if names else None
+    return lambda name: pattern is not None and pattern.search(name) is not None
 
 
 def check_float(model: PreTrainedModel) -> None:

@@ -58,6 +58,9 @@ class Histogram:
         patterns = self._counts.nonzero()[:, 0]
         values = patterns.to(torch.int16).view(torch.bfloat16).float().clamp(self.lower, self.upper)
         values, order = values.sort()
+        if len(values) > 1:
+            # bfloat16 may have rounded them inwards.
+            values[0], values[-1] = self.lower, self.upper
         return values, self._counts[patterns[order]]
 
 

@@ -59,7 +59,6 @@ def quantize(
         TypeError: if the config is of no known kind, or `evaluate` gives no number.
     """
     quantized = copy.deepcopy(model)
-    remove_autocast_(quantized)
     quantize_(quantized, config, data, evaluate, max_drop)
     return quantized
 
@@ -89,6 +88,7 @@ def quantize_(
         known = ", ".join(step.__name__ for step in _STEPS)
         raise TypeError(f"A {type(config).__name__} does not say how to quantize: give one of {known}.")
     model = unwrap(model)
+    remove_autocast_(model)
     check_prepared(model, config)
     if evaluate is not None:
         if fake_quantized(model):

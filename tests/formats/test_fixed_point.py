@@ -1,5 +1,9 @@
 import math
+import os
+import subprocess
+import sys
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +22,8 @@ from hf_compress.formats.fixed_point import (
     unpack_integers,
 )
 from hf_compress.formats.fixed_point_modules import FixedPointEmbedding, FixedPointLinear, minmax_scales
+
+ROOT = Path(__file__).parent.parent.parent
 
 KINDS = ["float32", "bfloat16", "power_of_two"]
 
@@ -130,6 +136,19 @@ def test_products_are_those_of_integers(bits, symmetric):
         kind = torch.int8 if bits[1] <= 8 else torch.int16 if bits[1] == 16 else torch.int32
         found = multiply_integers(inputs.float(), x_zero.short(), weights.to(kind), w_zeros, max(bits))
         assert found.tolist() == ((inputs - x_zero) @ (weights - w_zeros.long()[:, None]).T).tolist()
+
+
+def test_processors_that_clip_sums_of_bytes_multiply_otherwise():
+    """Without VNNI, pairs of products are added in 16 bits."""
+    script = (
+        "import torch; from hf_compress.formats.fixed_point import multiply_integers as multiply\n"
+        "x, w = torch.full((9, 768), 127), torch.full((4, 768), 127)\n"
+        "zeros = torch.zeros(4, dtype=torch.int16)\n"
+        "print(multiply(x.float(), zeros[:1], w.to(torch.int8), zeros, 8).unique().tolist())"
+    )
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip() == str([127.0 * 127 * 768]), done.stderr
 
 
 @pytest.mark.parametrize("granularity", ["per_channel", "per_tensor", "group"])

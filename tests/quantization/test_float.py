@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from hf_compress.checkpoint.widths import write_widths_
+from hf_compress.formats.packed import PackedModule
 from hf_compress.modeling.blocks import find_blocks
 from hf_compress.modeling.surgery import keep_neurons_
-from hf_compress.quantization.config import FixedPointConfig, FloatConfig
+from hf_compress.quantization.config import FixedPointConfig, FloatConfig, Int8DynamicConfig
 from hf_compress.quantization.float import cast_
 from hf_compress.quantization.quantize import quantize
 from tests.modeling.tiny import MODEL_TYPES, difference, predict, tiny_batch, tiny_model
@@ -45,6 +46,17 @@ def test_what_must_stay_in_float32_stays():
     assert kept
     assert kept == {key for key in cast.state_dict() if key.split(".")[-2] == "wo"}
     assert not any(tensor.dtype == torch.float32 for tensor in quantize(cast, FloatConfig()).state_dict().values())
+
+
+@pytest.mark.parametrize("config", [Int8DynamicConfig(), FixedPointConfig(bits=8)], ids=["int8", "fixed"])
+def test_integers_leave_alone_what_must_stay_in_float32(config):
+    """In float16 the outputs of these projections would overflow."""
+    model = tiny_model("t5")
+    packed = [name for name, one in quantize(model, config).named_modules() if isinstance(one, PackedModule)]
+    half = quantize(quantize(model, FloatConfig("fp16")), config)
+    found = [name for name, one in half.named_modules() if isinstance(one, PackedModule)]
+    assert found == [name for name in packed if not name.endswith(".wo")]
+    assert len(found) < len(packed)
 
 
 def test_a_pruned_model_is_cast_too(tmp_path):

@@ -34,6 +34,19 @@ def test_the_costliest_stay(model):
     assert not packed_names(model)
 
 
+def test_what_a_score_does_to_a_model_does_not_count(model):
+    dtypes = []
+
+    def score(one):
+        one.to(torch.bfloat16)
+        dtypes.append(one.dtype)
+        return 1.0
+
+    quantized = quantize(model, Int8DynamicConfig(), evaluate=score)
+    assert set(dtypes) == {torch.bfloat16}
+    assert quantized.dtype == model.dtype == torch.float32
+
+
 def test_a_trained_model_has_no_gate(model):
     config = FixedPointConfig(bits=4)
     fake_quantize_(model, config)

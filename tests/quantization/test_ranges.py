@@ -57,6 +57,7 @@ def test_a_histogram_keeps_extremes_exactly_and_numbers_to_a_step():
     assert (histogram.lower, histogram.upper) == (everything.min(), everything.max())
     values, counts = histogram.values()
     assert (values.diff() > 0).all()
+    assert (values[0], values[-1]) == (everything.min(), everything.max())
     assert counts.sum() == everything.numel()
     assert torch.allclose(values.repeat_interleave(counts), everything, rtol=2**-8, atol=0)
     assert histogram.is_finite

@@ -387,3 +387,9 @@ def test_what_a_training_in_bfloat16_leaves_is_not_copied_or_measured(tmp_path):
     assert "_original_forward" in vars(model)
     student = hf_compress.make_student(model, hf_compress.StudentConfig(num_layers=1)).eval()
     assert difference(predict(student, inputs), saved) == 0
+    again = distillation.make_trainer("single-label", tmp_path / "again", student=student, bf16=True)
+    again.train()
+    assert "_original_forward" in vars(student)
+    hf_compress.quantize_(model, Int8DynamicConfig())
+    model.save_pretrained(tmp_path / "int8")
+    assert difference(predict(model, inputs), predict(type(model).from_pretrained(tmp_path / "int8"), inputs)) == 0
