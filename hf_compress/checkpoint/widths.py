@@ -7,7 +7,13 @@ from hf_compress.checkpoint.config import FFN_WIDTH
 from hf_compress.checkpoint.sparse import sparse_names, write_config_
 from hf_compress.modeling.blocks import FFN, Block, find_blocks, find_layout, find_stacks
 from hf_compress.modeling.removal import remove_attention_, remove_ffn_
-from hf_compress.modeling.surgery import keep_heads_, keep_neurons_, keep_stack_heads_, update_config_
+from hf_compress.modeling.surgery import (
+    keep_heads_,
+    keep_neurons_,
+    keep_stack_heads_,
+    shrink_unread_bias_,
+    update_config_,
+)
 from hf_compress.modeling.tasks import unwrap
 
 if TYPE_CHECKING:
@@ -85,6 +91,8 @@ def cut_to_widths_(model: "PreTrainedModel", widths: dict[str, dict[str, int]]) 
                 keep_heads_(attention, range(width))
     for (stack, kind), found in stack_wide.items():
         _keep_shared_heads_(model, stack, kind, found)
+    for stack in find_stacks(model):
+        shrink_unread_bias_(model, stack)
 
 
 def _cut_ffn_(ffn: FFN, width: int) -> None:

@@ -303,6 +303,31 @@ def _set_config_(model: nn.Module, key: str, value: Any) -> None:
         setattr(config, key, value)
 
 
+def heads_fit_config(model: nn.Module, num_heads: int) -> bool:
+    """Whether a class of this model can be built with so many heads of the width that they have.
+
+    Args:
+        model (`nn.Module`): A model of a known architecture.
+        num_heads (`int`): In every attention.
+    """
+    config = model.base_model.config
+    return num_heads > 0 and not (find_layout(config).heads_divide_hidden and config.hidden_size % num_heads)
+
+
+def shrink_unread_bias_(model: nn.Module, stack: str) -> None:
+    """Leaves one column of a stack's position biases where no attention is left that reads them.
+
+    How many heads there were is not known where such a model is loaded.
+
+    Args:
+        model (`nn.Module`): Is changed.
+        stack (`str`): Name of a stack.
+    """
+    bias = find_stacks(model)[stack].position_bias
+    if bias is not None and not any(block.attention.num_heads for block in find_blocks(model, stack)):
+        _keep_bias_heads_(_bias_owners(model, stack)[0], bias, [0])
+
+
 def _write_width_(model: nn.Module, key: str, found: set[int]) -> bool:
     is_even = len(found) == 1 and found != {0}
     if is_even:
@@ -320,7 +345,7 @@ def _write_heads_(model: nn.Module, key: str, found: set[tuple[int, int, int]]) 
     num_kv_heads = getattr(config, layout.num_kv_heads) if layout.num_kv_heads else num_groups
     if (num_heads, num_groups) == (getattr(config, key), num_kv_heads):
         return True
-    if layout.head_dim is None or (layout.heads_divide_hidden and config.hidden_size % num_heads):
+    if layout.head_dim is None or not heads_fit_config(model, num_heads):
         return False
     _set_config_(model, layout.head_dim, head_dim)
     _set_config_(model, key, num_heads)

@@ -254,10 +254,15 @@ def obs_removals(
         for block in blocks:
             parts = [part for part in (*block.attentions, block.ffn) if part.name in site_of]
             moments = {part.name: Moments() for part in parts}
+            n_tokens = {
+                part.name: _count_tokens(batches, block.stack, sensitivity.tokens[part.name]) for part in parts
+            }
 
-            def add(number: int, part: Part, passage, moments=moments, block=block) -> None:
+            def add(number: int, part: Part, passage, moments=moments, block=block, n_tokens=n_tokens) -> None:
                 mask = token_mask(batches[number], block.stack, passage.inputs.shape[1])
-                moments[part.name].add(passage.inputs, None, token_weights(sensitivity, part, number, mask))
+                moments[part.name].add(
+                    passage.inputs, None, token_weights(sensitivity, part, number, mask, n_tokens[part.name])
+                )
 
             replay.visit(block, parts, add)
             replay.finish(block)
@@ -292,7 +297,15 @@ def _root(metric: torch.Tensor) -> torch.Tensor:
     return values.clamp_min(0).sqrt()[:, None] * vectors.T
 
 
-def token_weights(sensitivity: Sensitivity, part: Part, number: int, mask: torch.Tensor) -> torch.Tensor:
+def _count_tokens(batches: Sequence[Batch], stack: str, norms: Sequence[torch.Tensor]) -> int:
+    """Real tokens of all batches; of each, the length comes from numbers of shape (batch, length)."""
+    masks = (token_mask(batch, stack, of_batch.shape[1]) for batch, of_batch in zip(batches, norms, strict=True))
+    return sum(int(mask.sum()) for mask in masks)
+
+
+def token_weights(
+    sensitivity: Sensitivity, part: Part, number: int, mask: torch.Tensor, n_tokens: int
+) -> torch.Tensor:
     """Weights of the tokens of a batch: by how much the predictions depend on them, and a little evenly.
 
     Args:
@@ -300,11 +313,12 @@ def token_weights(sensitivity: Sensitivity, part: Part, number: int, mask: torch
         part (`Attention` or `FFN`): At whose outputs.
         number (`int`): Number of the batch.
         mask (`torch.Tensor`): Which tokens are real, shape (batch, length).
+        n_tokens (`int`): How many are, in all batches.
 
     Returns:
         `torch.Tensor`: Mean about 1 over all real tokens of all batches, 0 where there is none, shape (batch, length).
     """
     norms = sensitivity.tokens[part.name]
-    mean = sum(norm.double().sum() for norm in norms) / max(1, sum(norm.numel() for norm in norms))
+    mean = sum(norm.double().sum() for norm in norms) / max(1, n_tokens)
     relative = norms[number].to(mask.device) / mean.clamp_min(torch.finfo(torch.float32).tiny).float().to(mask.device)
     return mask * ((1 - EVEN_SHARE) * relative + EVEN_SHARE)

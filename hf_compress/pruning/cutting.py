@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import nn
 
 from hf_compress.modeling.removal import remove_attention_, remove_ffn_
-from hf_compress.modeling.surgery import keep_heads_, keep_neurons_, keep_stack_heads_
+from hf_compress.modeling.surgery import keep_heads_, keep_neurons_, keep_stack_heads_, shrink_unread_bias_
 from hf_compress.pruning.units import Site
 
 
@@ -25,6 +25,7 @@ def cut_(model: nn.Module, sites: Sequence[Site], kept: Mapping[str, Iterable[in
         if not units:
             for part in site.parts:
                 remove_attention_(part) if site.kind == "heads" else remove_ffn_(part)
+            shrink_unread_bias_(model, site.name.split(".")[0])
         elif site.kind == "neurons":
             keep_neurons_(site.parts[0], units)
         elif site.parts[0].is_stack_wide:

@@ -13,7 +13,8 @@ from torch import nn
 
 from hf_compress.checkpoint.widths import read_widths, write_widths_
 from hf_compress.modeling.blocks import find_blocks, find_stacks
-from hf_compress.modeling.surgery import check_layers_can_go
+from hf_compress.modeling.projections import read_matrix
+from hf_compress.modeling.surgery import check_layers_can_go, heads_fit_config
 from hf_compress.modeling.tasks import unwrap
 from hf_compress.pruning import plan
 from hf_compress.pruning.batches import median_batch
@@ -58,7 +59,14 @@ def prune_structured_(model: nn.Module, config: StructuredPruningConfig, data: D
         prune_layers_(model, config, first, costs)
     else:
         prune_units_(model, config, first, costs)
-    write_widths_(model)
+    needs_plugin = write_widths_(model)
+    if config.uniform and needs_plugin:
+        logger.warning(
+            "All layers have the same widths, %s, but the config of %s cannot say so, and the result loads only after "
+            "`import hf_compress`: leave its heads alone with units=('neurons',) if stock Transformers is to load it.",
+            next(iter(read_widths(model).values())),
+            type(model).__name__,
+        )
     _, left = find_costs(model, config, first)
     logger.info("%.1f %% of the %s are left: %s", 100 * left / whole, config.cost, read_widths(model))
     if config.cost == "latency":
@@ -86,10 +94,10 @@ def prune_units_(model: nn.Module, config: StructuredPruningConfig, first: Calib
     whole = costs.total(find_sites(find_blocks(model)))
     for step in range(1, config.steps + 1):
         # Times were measured in the first round, for all widths.
-        calibration = first if step == 1 else calibrate(model, replace(config, cost="macs"), first.batches)
+        calibration = first if step == 1 else calibrate(model, replace(config, cost="macs"), first.batches or None)
         sites = find_sites(find_blocks(model))
         target = config.budget ** (step / config.steps) * whole
-        kept = choose_units(sites, config, calibration, costs, target)
+        kept = choose_units(model, sites, config, calibration, costs, target)
         if config.repair != "none":
             repair_(model, reference, sites, kept, config, calibration.batches)
         cut_(model, sites, kept)
@@ -103,6 +111,7 @@ def check_prunable(model: nn.Module) -> None:
 
     Raises:
         ValueError: if it is quantized, or prepared for weights of one bit.
+        TypeError: if it has adapters that are not merged.
     """
     if getattr(model, "is_quantized", False):
         method = model.config.quantization_config
@@ -111,6 +120,11 @@ def check_prunable(model: nn.Module) -> None:
             "cannot be cut from packed weights. Prune the full-precision model, then quantize the result."
         )
     check_not_binary(model)
+    for block in find_blocks(model):
+        for part in (*block.attentions, block.ffn):
+            for projection in (*part.inputs, part.output):
+                # Cutting one of them by halves would leave a model that cannot run.
+                read_matrix(projection)
 
 
 def check_budget(
@@ -129,6 +143,8 @@ def check_budget(
     """
     model = unwrap(model)
     check_layers(model, config)
+    if config.repair == "bias":
+        check_biases(model)
     if not isinstance(data, Calibration):
         if config.cost == "latency":
             return
@@ -137,7 +153,7 @@ def check_budget(
     if config.units == ("layers",):
         check_layers_left(model, config, costs)
         return
-    curves = [bare_curve(site, config, costs) for site in find_sites(find_blocks(model))]
+    curves = [bare_curve(model, site, config, costs) for site in find_sites(find_blocks(model))]
     plan.check_target(curves, config.budget * whole - costs.fixed, costs.fixed, config.uniform)
 
 
@@ -154,6 +170,22 @@ def check_layers(model: nn.Module, config: StructuredPruningConfig) -> None:
     if config.units == ("layers",) and config.budget < 1:
         for stack in find_stacks(model):
             check_layers_can_go(model, stack)
+
+
+def check_biases(model: nn.Module) -> None:
+    """Refuses models without a bias that could make up for what is cut.
+
+    Args:
+        model (`nn.Module`): A Transformers model of a known architecture.
+
+    Raises:
+        ValueError: if no output projection has one.
+    """
+    if all(part.output.bias is None for site in find_sites(find_blocks(model)) for part in site.parts):
+        raise ValueError(
+            f"repair='bias' corrects biases, and the output projections of {type(model).__name__} have none: give "
+            "repair='least_squares', or 'none'."
+        )
 
 
 def check_calibration(calibration: Calibration, config: StructuredPruningConfig, model: nn.Module) -> None:
@@ -197,6 +229,7 @@ def check_calibration(calibration: Calibration, config: StructuredPruningConfig,
 
 
 def choose_units(
+    model: nn.Module,
     sites: Sequence[Site],
     config: StructuredPruningConfig,
     calibration: Calibration,
@@ -206,7 +239,8 @@ def choose_units(
     """Which units stay, within a target.
 
     Args:
-        sites (`Sequence[Site]`): All of a model; those whose units the config leaves alone are kept whole.
+        model (`nn.Module`): The model.
+        sites (`Sequence[Site]`): All of it; those whose units the config leaves alone are kept whole.
         config (`StructuredPruningConfig`): What may be cut and how it is planned.
         calibration (`Calibration`): Scores of the units.
         costs (`Costs`): What they cost.
@@ -218,7 +252,7 @@ def choose_units(
     Raises:
         ValueError: if the target cannot be met.
     """
-    curves = [make_curve(site, config, calibration, costs) for site in sites]
+    curves = [make_curve(model, site, config, calibration, costs) for site in sites]
     allowed, whole = target - costs.fixed, plan.total_cost(curves)
     # A budget of everything, which rounding made a little less.
     allowed = whole if math.isclose(target, whole + costs.fixed, rel_tol=1e-9) else allowed
@@ -239,10 +273,13 @@ def search(curves: Sequence[plan.Curve], target: float, config: StructuredPrunin
     return (plan.dynamic_plan if config.search == "dynamic" else plan.ranking_plan)(curves, target)
 
 
-def make_curve(site: Site, config: StructuredPruningConfig, calibration: Calibration, costs: Costs) -> plan.Curve:
+def make_curve(
+    model: nn.Module, site: Site, config: StructuredPruningConfig, calibration: Calibration, costs: Costs
+) -> plan.Curve:
     """Error and cost of a site at each width that it may get.
 
     Args:
+        model (`nn.Module`): The model.
         site (`Site`): Heads or neurons.
         config (`StructuredPruningConfig`): Which widths are allowed.
         calibration (`Calibration`): Holds its errors.
@@ -254,22 +291,28 @@ def make_curve(site: Site, config: StructuredPruningConfig, calibration: Calibra
     Raises:
         ValueError: if `multiple_of` is larger than the site.
     """
-    curve = bare_curve(site, config, costs)
+    curve = bare_curve(model, site, config, costs)
     if site.kind not in config.units:
         return curve
     return replace(curve, error=calibration.removals[site.name].error.numpy()[site.n_units - curve.kept])
 
 
-def bare_curve(site: Site, config: StructuredPruningConfig, costs: Costs) -> plan.Curve:
+def bare_curve(model: nn.Module, site: Site, config: StructuredPruningConfig, costs: Costs) -> plan.Curve:
     """Like `make_curve`, as if no removal did any harm.
 
     Args:
+        model (`nn.Module`): The model.
         site (`Site`): Heads or neurons.
         config (`StructuredPruningConfig`): Which widths are allowed.
         costs (`Costs`): What its units cost.
     """
     may_be_cut = site.kind in config.units
-    widths = allowed_widths(site, config.multiple_of, "layers" in config.units) if may_be_cut else [site.n_units]
+    # No stock config can say that a part of all layers is gone.
+    may_go = "layers" in config.units and not config.uniform
+    widths = allowed_widths(site, config.multiple_of, may_go) if may_be_cut else [site.n_units]
+    if config.uniform and site.kind == "heads":
+        heads = site.parts[0].num_heads // site.n_units if site.n_units else 0
+        widths = [width for width in widths if width == site.n_units or heads_fit_config(model, width * heads)]
     kept = np.array(widths)
     # Sites that stay whole need not agree in a uniform plan.
     kind = site.kind if may_be_cut else site.name

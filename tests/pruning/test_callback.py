@@ -112,6 +112,21 @@ def test_what_is_off_stays_off_and_a_resumed_run_ends_alike(tmp_path):
         assert torch.equal(one, other), name
 
 
+def test_what_an_interrupted_training_leaves_is_taken_off(tmp_path):
+    batches = [tiny_batch(classifier())]
+    run = trainer(tmp_path / "run", Interrupted(config(), batches, n_updates=4))
+    with pytest.raises(Stop):
+        run.train()
+    model = run.model.eval()
+    pruned = hc.prune(model, config(score="l2", repair="none", budget=0.4, cost="params")).eval()
+    pruned.save_pretrained(tmp_path / "saved")
+    saved = type(model).from_pretrained(tmp_path / "saved", attn_implementation="eager")
+    assert difference(predict(pruned, batches[0]), predict(saved, batches[0])) == 0
+    again = trainer(tmp_path / "again", hc.PruningCallback(config(score="l2", budget=0.4), batches), model=model)
+    again.train()
+    predict(model.eval(), batches[0])
+
+
 def test_a_training_resumed_with_fewer_steps_reaches_the_budget(tmp_path):
     batches = [tiny_batch(classifier())]
     steps = {"save_strategy": "steps", "save_steps": 5}

@@ -344,5 +344,5 @@ def test_a_budget_of_everything_cuts_nothing(fixed):
     costs.fixed = fixed
     # One step of floating point less than everything.
     target = np.nextafter(costs.total(sites), 0.0)
-    kept = choose_units(sites, settings, calibration, costs, target)
+    kept = choose_units(model, sites, settings, calibration, costs, target)
     assert {name: len(units) for name, units in kept.items()} == {site.name: site.n_units for site in sites}
