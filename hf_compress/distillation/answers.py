@@ -23,9 +23,12 @@ from hf_compress.distillation.objective import (
     with_decoder_inputs,
 )
 from hf_compress.distillation.signals import Probe, split_name
+from hf_compress.modeling.autocast import without_autocast
 from hf_compress.modeling.tasks import CLASSIFICATION, IGNORED, unwrap
 
 LABELS = frozenset({"labels", "label", "label_ids", "start_positions", "end_positions"})
+# By how much of the largest number the same text may differ, beside others and alone; bfloat16 has 8 bits.
+_ROUNDING = 0.05
 _DTYPES = {"fp32": np.float32, "fp16": np.float16}
 
 
@@ -92,6 +95,35 @@ class Answers:
             arrays[f"{name}.offsets"] = np.concatenate([[0], np.cumsum(each)]).astype(np.int64)
         return arrays
 
+    def check_padding(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Raises where answers depend on how far a text is padded, of which its key knows nothing.
+
+        Args:
+            rows (sequence of rows): A sample of the data set.
+
+        Raises:
+            ValueError: if so.
+        """
+        batch = self._batch(rows)
+        if "pixel_values" in batch or _own_mask(batch)[:, 0].all():
+            return
+        row = int(_own_mask(batch).sum(1).argmin())
+        alone = self._batch(rows[row : row + 1])
+        together = self._run(batch)
+        apart = self._run(alone)
+        masks = answer_masks(self.settings, alone)
+        for name, mask in answer_masks(self.settings, batch).items():
+            if name == "top_indices":
+                continue
+            ours, theirs = together[name][row].cpu().float(), apart[name][0].cpu().float()
+            ours, theirs = (ours, theirs) if mask is None else (ours[mask[row]], theirs[masks[name][0]])
+            if (ours - theirs).abs().max() > _ROUNDING * theirs.abs().max():
+                raise ValueError(
+                    f"The data are padded on the left, and {type(unwrap(self.teacher)).__name__} counts positions "
+                    "from there: what it says of a text depends on the others in the batch, and cannot be stored. Pad "
+                    "on the right (tokenizer.padding_side = 'right'), or train without a cache."
+                )
+
     def digest(self, rows: Sequence[Mapping[str, Any]]) -> str:
         """A hash of rows, in their order.
 
@@ -144,7 +176,8 @@ class Answers:
         probe = Probe(model, self.settings.signals)
         model.eval()
         try:
-            with autocast:
+            # Without what a training in mixed precision left, which is no part of the fingerprint.
+            with without_autocast(model), autocast:
                 outputs = dict(model(**inputs, return_dict=True))
             outputs |= probe.take()
         finally:

@@ -65,16 +65,27 @@ def fingerprint(model: nn.Module) -> str:
         `str`: 32 hexadecimal digits.
     """
     adapters = {name: adapter.to_dict() for name, adapter in getattr(model, "peft_config", {}).items()}
+    in_use = _adapters_in_use(model) if adapters else []
     model = unwrap(model)
     config = {name: value for name, value in model.config.to_dict().items() if name not in _UNIMPORTANT}
     digest = hashlib.blake2b(digest_size=KEY_BYTES)
     # The same adapter weights give other answers under another scale.
-    said = json.dumps([type(model).__name__, config, adapters], sort_keys=True, default=_plain)
+    said = json.dumps([type(model).__name__, config, adapters, *in_use], sort_keys=True, default=_plain)
     digest.update(said.encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _adapters_in_use(model: nn.Module) -> list[list[str]]:
+    """By module, which of its adapters add to it."""
+    layers = [module for module in model.modules() if hasattr(module, "active_adapters")]
+    return [
+        [] if getattr(layer, "disable_adapters", False) is True else sorted(layer.active_adapters)
+        for layer in layers
+        if isinstance(layer.active_adapters, list | tuple)
+    ]
 
 
 def _plain(value: object) -> object:

@@ -8,6 +8,7 @@ from torch import nn
 
 from hf_compress.distillation.arguments import DistillationArguments
 from hf_compress.distillation.cache import TeacherCache
+from hf_compress.modeling.tasks import unwrap
 
 _TOP_K = "top-k"
 
@@ -52,6 +53,7 @@ def cache_prefix(number: int) -> str:
 def check_caches(
     given: TeacherCache | Sequence[TeacherCache] | None,
     teachers: Sequence[nn.Module],
+    student: nn.Module,
     args: DistillationArguments,
 ) -> list[TeacherCache | None]:
     """The caches of the teachers, one each, or `None` for each.
@@ -59,6 +61,7 @@ def check_caches(
     Args:
         given (`TeacherCache`, a sequence of them, or `None`): As the user passed them.
         teachers (sequence of `nn.Module`): The teachers.
+        student (`nn.Module`): The student.
         args (`DistillationArguments`): Temperature, divergence and stages.
 
     Returns:
@@ -82,9 +85,24 @@ def check_caches(
                 f"The cache holds embeddings with pooling={cache.settings.pooling!r}, and the training uses "
                 f"{args.pooling!r}: use one of them for both."
             )
+        if cache.settings.task == "seq2seq-lm":
+            _check_first_tokens(teacher, student)
         if cache.precision == _TOP_K:
             _check_top_k(cache, len(teachers), args)
     return caches
+
+
+def _check_first_tokens(teacher: nn.Module, student: nn.Module) -> None:
+    ours, theirs = (_first_tokens(unwrap(model).config) for model in (student, teacher))
+    if ours != theirs:
+        raise ValueError(
+            f"The cached teacher decoded from the tokens {theirs}, and the student starts from {ours}: they would "
+            "continue different texts. Give both configs the same ones, or train without a cache."
+        )
+
+
+def _first_tokens(config: Any) -> dict[str, int | None]:
+    return {name: getattr(config, name, None) for name in ("decoder_start_token_id", "pad_token_id")}
 
 
 def _check_top_k(cache: TeacherCache, n_teachers: int, args: DistillationArguments) -> None:

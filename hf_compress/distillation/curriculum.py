@@ -11,6 +11,9 @@ from hf_compress.distillation.inner_terms import InnerTerm, plan_terms
 from hf_compress.distillation.output_terms import KD, TASK
 from hf_compress.distillation.schedules import scheduled
 
+# Two texts have a distance, three an angle.
+_LEAST_TEXTS = {"distance": 2, "angle": 3, "contrastive": 2}
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -68,6 +71,25 @@ class Stage:
             for term in self.terms
         }
         return {KD: alpha, TASK: task_weight, **inner}
+
+
+def check_batch_size(terms: Sequence[InnerTerm], batch_size: int) -> None:
+    """Raises if terms that compare the texts of a batch have too few to compare, where they would always be 0.
+
+    Args:
+        terms (sequence of `InnerTerm`): Of a stage.
+        batch_size (`int`): Texts per forward, which accumulation does not raise.
+
+    Raises:
+        ValueError: with the size that it takes.
+    """
+    for term in terms:
+        least = _LEAST_TEXTS.get(term.config.kind, 1)
+        if batch_size < least:
+            raise ValueError(
+                f"The term {term.name} compares the texts of a batch with each other, and batches of {batch_size} "
+                f"have too few: set per_device_train_batch_size to {least} or more; accumulation does not help."
+            )
 
 
 def plan_stages(args: DistillationArguments, student: nn.Module, teachers: Sequence[nn.Module]) -> list[Stage]:

@@ -73,7 +73,7 @@ def items_of(
     labels, label_mask, logits = batch.get("labels"), token_mask(task, batch), outputs["logits"]
     if task == "causal-lm":
         logits, labels = logits[:, :-1], labels[:, 1:] if labels is not None else None
-    mask = _taught(label_mask, batch).flatten()
+    mask = _taught(task, label_mask, batch).flatten()
     logits, label_mask = logits.flatten(0, 1), label_mask.flatten()
     labels = labels.flatten() if labels is not None else None
     if task == "masked-lm" and logits.device.type == "cpu":
@@ -184,7 +184,7 @@ def step_counts(task: str, batch: Mapping[str, torch.Tensor]) -> dict[str, torch
         counts["labelled"] = 2 * rows if label_mask is None else label_mask.sum()
     elif task != "feature-extraction":
         mask = token_mask(task, batch)
-        counts["items"], counts["labelled"] = _taught(mask, batch).sum(), mask.sum()
+        counts["items"], counts["labelled"] = _taught(task, mask, batch).sum(), mask.sum()
     if task == "seq2seq-lm":
         counts["decoder_tokens"] = decoder_mask(batch).sum()
     return counts
@@ -227,8 +227,13 @@ def _inputs(batch: Mapping[str, Any]) -> torch.Tensor:
     raise ValueError(f"The batch has the columns {sorted(batch)}, but no input_ids, inputs_embeds or pixel_values.")
 
 
-def _taught(mask: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The tokens of a mask that the teacher says something of: not those that its own truncation cut off."""
+def _taught(task: str, mask: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The tokens that imitate the teacher: those that count, and all of a text without any label.
+
+    Not those that the teacher's own truncation cut off, of which it says nothing.
+    """
+    if task == "token-classification":
+        mask = mask | (attention_mask(batch) & ~mask.any(1, keepdim=True))
     return mask & (batch[POSITIONS] >= 0) if POSITIONS in batch else mask
 
 

@@ -90,7 +90,7 @@ class ProcessesMixin:
     def _prepare_processes(self) -> None:
         """To be called by the constructor, once there are stages and projections."""
         self._check_processes()
-        self._unreached: dict[tuple[str, ...], list[nn.Parameter]] = {}
+        self._unreached: dict[tuple[int, tuple[str, ...]], list[nn.Parameter]] = {}
         self._idle: list[nn.Parameter] = []
         if self.is_fsdp_enabled:
             name_blocks_(self.accelerator.state.fsdp_plugin, self.model)
@@ -140,11 +140,12 @@ class ProcessesMixin:
         if not is_wrapped or ({KD, TASK} & set(names) and finds_unused):
             return loss
         if is_replicated:
-            if names not in self._unreached:
+            place = (self._place()[0], names)
+            if place not in self._unreached:
                 parameters = [p for p in self.model.parameters() if p.requires_grad]
                 # Re-entrant checkpointing hides what a layer depends on.
-                self._unreached[names] = [] if self._is_reentrant else unreached(loss, parameters)
-            self._idle = self._unreached[names]
+                self._unreached[place] = [] if self._is_reentrant else unreached(loss, parameters)
+            self._idle = self._unreached[place]
         tensors = [value for value in outputs.values() if isinstance(value, torch.Tensor) and value.requires_grad]
         return loss + sum(0.0 * value.flatten()[0] for value in tensors)
 

@@ -3,12 +3,14 @@
 import logging
 from typing import Any
 
-from hf_compress.distillation.curriculum import Stage, locate, stage_lengths
+import torch
+
+from hf_compress.distillation.curriculum import Stage, check_batch_size, locate, stage_lengths
 from hf_compress.distillation.layer_map import describe
 from hf_compress.distillation.objective import check_divergence
 from hf_compress.distillation.signals import Probe
 from hf_compress.distillation.teachers import Teacher
-from hf_compress.modeling.tasks import CLASSIFICATION
+from hf_compress.modeling.tasks import CLASSIFICATION, problem_type, unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +38,9 @@ class StageMixin:
         index = self._place()[0]
         if self._watched == index:
             return
+        if self.args.torch_compile and self._watched is not None:
+            # What was compiled without hooks would not notice them.
+            torch.compiler.reset()
         self._leave_stages()
         terms = self.stages[index].terms
         for number, teacher in enumerate(self.teachers):
@@ -77,7 +82,14 @@ class StageMixin:
                 f"logits_chunk={self.args.logits_chunk} leaves no logits of a whole batch for compute_loss_func, and "
                 "no output layer for copies of the student on other devices: set logits_chunk=0."
             )
+        kind = problem_type(unwrap(self.model).config) if self.task in CLASSIFICATION else None
+        if self.args.label_smoothing_factor and kind in ("regression", "multi_label_classification"):
+            raise ValueError(
+                f"label_smoothing_factor={self.args.label_smoothing_factor} spreads one label over all classes, which "
+                f"does not fit this model ({kind}): set it to 0."
+            )
         for stage in self.stages:
+            check_batch_size(stage.terms, self.args.train_batch_size)
             for number, teacher in enumerate(self.teachers):
                 own = (term for term in stage.terms if term.config.teacher == number)
                 teacher.check_signals({name for term in own for name in term.teacher_signals()})

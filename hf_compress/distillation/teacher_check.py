@@ -17,8 +17,6 @@ from hf_compress.modeling.tasks import CLASSIFICATION, IGNORED
 
 logger = logging.getLogger(__name__)
 
-_BATCH = 32
-
 
 def spread_rows(dataset: Any, number: int) -> list[dict[str, Any]]:
     """Some rows of a data set, from its beginning to its end, since it may be sorted by label.
@@ -40,8 +38,9 @@ def look_at_teachers(
     teachers: Sequence[Teacher],
     rows: Sequence[Any],
     collate: Callable[[list], dict[str, torch.Tensor]],
-    device: torch.device,
+    args: DistillationArguments,
     autocast: Callable[[], AbstractContextManager],
+    is_chunked: bool = False,
 ) -> None:
     """Warns of a teacher that is worse than always answering the most frequent class.
 
@@ -49,8 +48,9 @@ def look_at_teachers(
         teachers (sequence of `Teacher`): The teachers.
         rows (sequence): Rows to ask them about.
         collate (`Callable`): Makes a batch of rows, with the cached answers where they are cached.
-        device (`torch.device`): Where the teachers are.
+        args (`DistillationArguments`): Where the teachers are, and how many rows they are asked about at once.
         autocast (`Callable`): Gives the context under which they run.
+        is_chunked (`bool`, *optional*): Whether logits of a whole batch are too many.
 
     Raises:
         ValueError: if an output is NaN or infinite.
@@ -59,11 +59,11 @@ def look_at_teachers(
     found: dict[int, list[Items]] = {number: [] for number in range(len(teachers))}
     # A collator may draw random numbers, and the training's own sequence of them must not depend on this check.
     with torch.random.fork_rng(devices=[]):
-        for start in range(0, len(rows), _BATCH):
-            batch = collate(list(rows[start : start + _BATCH]))
-            batch = {name: value.to(device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
+        for start in range(0, len(rows), args.train_batch_size):
+            batch = collate(list(rows[start : start + args.train_batch_size]))
+            batch = {name: value.to(args.device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
             for number, teacher in enumerate(teachers):
-                answers = teacher.ask(batch, autocast())
+                answers = teacher.ask(batch, autocast(), is_chunked and teacher.cache is None)
                 _check_finite(answers, names[number], start)
                 if teacher.task in (*CLASSIFICATION, "token-classification"):
                     found[number].append(_decisions(teacher, answers, batch))

@@ -20,6 +20,7 @@ from hf_compress.distillation.objective import (
 )
 from hf_compress.distillation.signals import Probe, Signals
 from hf_compress.distillation.tokenizers import gather_positions, is_same_vocabulary
+from hf_compress.modeling.autocast import without_autocast
 from hf_compress.modeling.tasks import (
     CLASSIFICATION,
     forward_columns,
@@ -141,7 +142,8 @@ class Teacher:
         inputs = teacher_inputs(batch, self.columns)
         if "use_cache" in self.columns:
             inputs["use_cache"] = False
-        with autocast, bypassed_head(self.model if is_chunked else None):
+        # A teacher that was trained in this process would still compute in that training's precision.
+        with without_autocast(self.model), autocast, bypassed_head(self.model if is_chunked else None):
             signals = dict(self.model(**inputs, return_dict=True))
         if self._probe is not None:
             signals |= self._probe.take()

@@ -95,7 +95,7 @@ class DistillationTrainer(StageMixin, ProcessesMixin, ProjectionMixin, CardMixin
         if self.is_deepspeed_enabled:
             check_whole(self.model, "The student")
         self.task = [check_pair(self.model, one) for one in models][0]
-        caches = check_caches(teacher_cache, models, args)
+        caches = check_caches(teacher_cache, models, self.model, args)
         tokenizers = (self.processing_class, teacher_processing_class)
         check_data(self.train_dataset, models, self.model, tokenizers)
         self.teachers = [
@@ -372,8 +372,7 @@ class DistillationTrainer(StageMixin, ProcessesMixin, ProjectionMixin, CardMixin
         # Cached are the answers to the training data alone.
         has_own_inputs = f"{OWN}input_ids" in (getattr(self.train_dataset, "column_names", None) or ())
         is_usable = isinstance(self.eval_dataset, Dataset) and not caches and not has_own_inputs
-        dataset = self.eval_dataset if is_usable else self.train_dataset
-        rows = spread_rows(dataset, self.args.teacher_check_rows)
+        rows = spread_rows(self.eval_dataset if is_usable else self.train_dataset, self.args.teacher_check_rows)
         if rows and any(stage.needs_teacher for stage in self.stages):
             collate = self._get_collator_with_removed_columns(self.data_collator, description="teacher check")
             collate = CachedCollator(collate, caches) if caches else collate
@@ -381,8 +380,9 @@ class DistillationTrainer(StageMixin, ProcessesMixin, ProjectionMixin, CardMixin
                 self.teachers,
                 rows,
                 lambda part: with_decoder_inputs(self.task, self.model, collate(part)),
-                self.args.device,
+                self.args,
                 self.accelerator.autocast,
+                self._is_chunked,
             )
 
     def _logs_after_this(self) -> bool:

@@ -229,9 +229,9 @@ def test_a_teacher_that_gives_nan_raises(rows, tmp_path):
 
 
 def test_steps_with_nothing_to_learn_are_warned_of(tmp_path, caplog):
-    rows = [{**row, "labels": [-100] * len(row["labels"])} for row in tiny_rows("token-classification")]
+    rows = [{**row, "labels": [-100] * len(row["labels"])} for row in tiny_rows("masked-lm")]
     with caplog.at_level(logging.WARNING, "hf_compress"):
-        log = first_log(make_trainer("token-classification", tmp_path, rows=rows, max_steps=2, logging_steps=2))
+        log = first_log(make_trainer("masked-lm", tmp_path, rows=rows, max_steps=2, logging_steps=2))
     assert log["loss"] == 0
     assert "2 of the last 2 optimizer steps had nothing to learn from" in caplog.text
     with pytest.raises(ValueError, match="0 rows"):
