@@ -104,20 +104,22 @@ class Answers:
         Raises:
             ValueError: if so.
         """
-        batch = self._batch(rows)
-        if "pixel_values" in batch or _own_mask(batch)[:, 0].all():
+        everything = self._batch(rows)
+        if "pixel_values" in everything:
             return
-        row = int(_own_mask(batch).sum(1).argmin())
-        alone = self._batch(rows[row : row + 1])
-        together = self._run(batch)
-        apart = self._run(alone)
-        masks = answer_masks(self.settings, alone)
-        for name, mask in answer_masks(self.settings, batch).items():
-            if name == "top_indices":
-                continue
-            ours, theirs = together[name][row].cpu().float(), apart[name][0].cpu().float()
-            ours, theirs = (ours, theirs) if mask is None else (ours[mask[row]], theirs[masks[name][0]])
-            if (ours - theirs).abs().max() > _ROUNDING * theirs.abs().max():
+        real = _own_mask(everything)
+        counts = real.sum(1)
+        if real[counts > 0, 0].all():
+            return
+        shortest = rows[int(counts.where(counts > 0, counts.max() + 1).argmin())]
+        found = []
+        for some in ([shortest, rows[int(counts.argmax())]], [shortest]):
+            batch = self._batch(some)
+            answers, masks = self._run(batch), answer_masks(self.settings, batch)
+            names = [name for name in masks if name != "top_indices"]
+            found.append([_comparable(name, answers[name][0].cpu(), masks[name]) for name in names])
+        for beside, alone in zip(*found, strict=True):
+            if alone.numel() and (beside - alone).abs().max() > _ROUNDING * alone.abs().max():
                 raise ValueError(
                     f"The data are padded on the left, and {type(unwrap(self.teacher)).__name__} counts positions "
                     "from there: what it says of a text depends on the others in the batch, and cannot be stored. Pad "
@@ -212,6 +214,12 @@ class Answers:
                 f"The teacher's {name} reach {largest:.3g} in the rows from {first_row} on, more than float16 can "
                 "hold: build the cache with precision='fp32'."
             )
+
+
+def _comparable(name: str, values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """The answers to the first text of a batch; logits without what all classes have in common, which says nothing."""
+    values = values.float() if mask is None else values[mask[0]].float()
+    return values - values.mean(-1, keepdim=True) if name == "logits" and values.shape[-1] > 1 else values
 
 
 def answer_masks(settings: Settings, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor | None]:

@@ -172,7 +172,8 @@ class TeacherCache:
         )
         answers = Answers(teacher, settings, processing_class, data_collator, autocast_dtype)
         sample = _sample(dataset)
-        answers.check_padding(sample)
+        if files.read_json(folder / files.META_FILE) is None:
+            answers.check_padding(sample)
         per_row = answers.bytes_per_row(sample)
         n_rows = len(dataset) if hasattr(dataset, "__len__") else None
         block_rows = int(min(max(BLOCK_BYTES // per_row, 1), BLOCK_ROWS))

@@ -38,15 +38,15 @@ class StageMixin:
         index = self._place()[0]
         if self._watched == index:
             return
-        if self.args.torch_compile and self._watched is not None:
-            # What was compiled without hooks would not notice them.
-            torch.compiler.reset()
         self._leave_stages()
         terms = self.stages[index].terms
         for number, teacher in enumerate(self.teachers):
             own = [term for term in terms if term.config.teacher == number]
             teacher.watch({name for term in own for name in term.teacher_signals()})
         names = {name for term in terms for name in term.student_signals()}
+        if self.args.torch_compile and names:
+            # What an earlier stage or training compiled without hooks would not notice them.
+            torch.compiler.reset()
         self._probe = Probe(self.model, names) if names else None
         self._watched = index
 

@@ -1,5 +1,6 @@
 """How large the models of a recipe will be, before anything is done."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 _BITS = {"int8": 8.0, "llm-int8": 8.0, "nf4": 4.5, "fp4": 4.5, "binary": 1.0}
 _BITS_OF_A_SCALE = 16
 _FLOATS = ("bf16", "fp16")
+_FLOAT_BITS = ("block_bits", "embedding_bits", "rest_bits", "element_bits")
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,9 @@ class Size:
         block_bits (`float`): Bits of a projection's weight.
         embedding_bits (`float`): Of an embedding's.
         rest_bits (`float`): Of all others.
-        density (`float`): Share of the blocks' weights that are stored.
+        scale_bits (`float`): Of the scales that each weight of the blocks shares with its group.
+        density (`float`): Share of the blocks' weights that are not 0, and stored.
+        element_bits (`float`): Bits of what is left out where it is 0: a number, or a byte of packed ones.
     """
 
     blocks: float
@@ -49,14 +53,21 @@ class Size:
     block_bits: float = 32.0
     embedding_bits: float = 32.0
     rest_bits: float = 32.0
+    scale_bits: float = 0.0
     density: float = 1.0
+    element_bits: float = 32.0
 
     @property
     def megabytes(self) -> float:
         """Megabytes on disk."""
-        # A bit for each weight says whether it is there.
-        of_block = self.block_bits * self.density + (1 if self.density < 1 else 0)
-        bits = self.blocks * of_block + self.projections * self.block_bits
+        of_block = self.block_bits
+        if self.density < 1:
+            # A byte is 0 if all numbers are that reach into it: so many in the mean. A bit for each element says
+            # whether it is there.
+            shared = math.gcd(int(self.element_bits), int(self.block_bits))
+            numbers = (self.element_bits + self.block_bits - shared) / self.block_bits
+            of_block *= 1 - (1 - self.density) ** numbers + 1 / self.element_bits
+        bits = self.blocks * (of_block + self.scale_bits) + self.projections * (self.block_bits + self.scale_bits)
         bits += (self.embeddings + self.tables) * self.embedding_bits + self.rest * self.rest_bits
         return bits / 8 / 1e6
 
@@ -79,7 +90,7 @@ def size_of(model: "PreTrainedModel") -> Size:
     tokens = take(table.weight for table in token_embeddings(model))
     tables = take(module.weight for module in others if isinstance(module, nn.Embedding))
     projections = take(module.weight for module in others if isinstance(module, nn.Linear))
-    bits = {f"{part}_bits": 8.0 * model.dtype.itemsize for part in ("block", "embedding", "rest")}
+    bits = dict.fromkeys(_FLOAT_BITS, 8.0 * model.dtype.itemsize)
     return Size(blocks, tokens, sum(everything.values()), tables, projections, **bits)
 
 
@@ -99,13 +110,10 @@ def after(size: Size, step: Any) -> Size:
     if isinstance(step, SparsifyStep):
         return replace(size, density=1 - step.target)
     if isinstance(step, QuantizeStep):
-        bits, tables, rest = _bits_of(step, size.rest_bits)
-        # Zeros stay zeros in whole bytes, and are lost in fewer bits.
-        density = size.density if bits in (8.0, 16.0) else 1.0
-        return replace(size, block_bits=bits, embedding_bits=tables, rest_bits=rest, density=density)
+        return replace(size, **_bits_of(step, size.rest_bits, size.density))
     if isinstance(step, TrainingStep):
         # Weights are trained in float32, and saved so.
-        return replace(size, block_bits=32.0, embedding_bits=32.0, rest_bits=32.0)
+        return replace(size, **dict.fromkeys(_FLOAT_BITS, 32.0))
     return size
 
 
@@ -127,7 +135,7 @@ def estimate(
     for step in recipe.steps:
         if isinstance(step, StudentStep):
             small = size_of(make_student(model, step))
-            bits = {name: getattr(size, name) for name in ("block_bits", "embedding_bits", "rest_bits")}
+            bits = {name: getattr(size, name) for name in _FLOAT_BITS}
             size = replace(small, macs=size.macs * small.blocks / size.blocks, **bits)
         elif isinstance(step, VocabularyStep):
             _, smaller = prune_vocabulary(model, tokenizer, data.texts, step)
@@ -138,16 +146,22 @@ def estimate(
     return sizes
 
 
-def _bits_of(step: QuantizeStep, float_bits: float) -> tuple[float, float, float]:
-    """Bits of a weight in the blocks, in the token embeddings, and of those that stay as they are."""
+def _bits_of(step: QuantizeStep, float_bits: float, density: float) -> dict[str, float]:
+    """Fields of `Size` after a rounding."""
     config = step.config()
     if step.format in _FLOATS:
-        return 16.0, 16.0, 16.0
+        return dict.fromkeys(_FLOAT_BITS, 16.0)
+    found = {"embedding_bits": float_bits, "rest_bits": float_bits, "element_bits": 8.0}
     if step.format == "fixed-point":
         scales = _BITS_OF_A_SCALE / config.group_size if config.granularity == "group" else 0.0
         of_tables = config.bits if config.embedding_bits is None else config.embedding_bits
-        return config.bits + scales, of_tables + scales if config.embeddings else float_bits, float_bits
-    of_tables = float_bits
+        found["embedding_bits"] = of_tables + scales if config.embeddings else float_bits
+        # 0 is another integer where ranges are not symmetric.
+        return found | {
+            "block_bits": float(config.bits),
+            "scale_bits": scales,
+            "density": density if config.symmetric else 1.0,
+        }
     if step.format == "int8" and config.embeddings:
-        of_tables = 8.0 if config.embedding_bits == 8 else 4 + _BITS_OF_A_SCALE / 32
-    return _BITS[step.format], of_tables, float_bits
+        found["embedding_bits"] = 8.0 if config.embedding_bits == 8 else 4 + _BITS_OF_A_SCALE / 32
+    return found | {"block_bits": _BITS[step.format], "density": density if "int8" in step.format else 1.0}

@@ -172,7 +172,7 @@ class PruningCallback(TrainerCallback):
         """Writes what a resumed training needs beside the checkpoint."""
         folder = _checkpoint(args, state)
         self._strategy.save(folder)
-        if PartialState().is_main_process:
+        if PartialState().is_main_process and folder.exists():
             (folder / PROGRESS_FILE).write_text(json.dumps({"share": self._share}) + "\n")
 
     def _read_share(self, checkpoint: Path, state: TrainerState) -> float:
@@ -200,5 +200,5 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     """The folder of the checkpoint that was just saved, or that the training continues from."""
     folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
     # A search of hyperparameters has a folder for each of its runs, of which the last one is being trained.
-    runs = Path(args.output_dir).glob(f"run-*/{folder.name}")
+    runs = Path(args.output_dir).glob(f"*/{folder.name}")
     return folder if folder.exists() else max(runs, key=lambda run: run.stat().st_mtime, default=folder)

@@ -59,8 +59,9 @@ def prune_structured_(model: nn.Module, config: StructuredPruningConfig, data: D
         prune_layers_(model, config, first, costs)
     else:
         prune_units_(model, config, first, costs)
-    needs_plugin = write_widths_(model)
-    if config.uniform and needs_plugin:
+    write_widths_(model)
+    method = vars(model.config).get("quantization_config")
+    if config.uniform and method is not None and method.widths is not None:
         logger.warning(
             "All layers have the same widths, %s, but the config of %s cannot say so, and the result loads only after "
             "`import hf_compress`: leave its heads alone with units=('neurons',) if stock Transformers is to load it.",

@@ -47,11 +47,11 @@ def choose_modules(
         for name, module in model.named_modules()
         if (isinstance(module, nn.Linear | Conv1D) or name in tables) and module.weight.numel()
     }
-    float32 = stays_float32(model, model.dtype)
-    found = {name: module for name, module in found.items() if not float32(f"{name}.weight")}
     heads = [name for name in found if any(_is_in(name, head) for head in task_head_names(model))]
     excluded = {name for pattern in exclude for name in _matches(found, pattern)}
-    stays = {*heads, *excluded}
+    float32 = stays_float32(model, model.dtype)
+    kept = {name for name in found if float32(f"{name}.weight") and found[name].weight.dtype == torch.float32}
+    stays = {*heads, *excluded, *kept}
     stays |= _shared_outside(model, [name for name in found if name not in stays])
     chosen = {name: module for name, module in found.items() if name not in stays}
     if not chosen:

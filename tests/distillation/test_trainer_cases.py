@@ -3,7 +3,14 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import GPT2Config, GPT2ForSequenceClassification, Trainer, TrainingArguments, set_seed
+from transformers import (
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 
 from hf_compress import StageConfig, TeacherCache, TermConfig
 from hf_compress.distillation.cache_keys import fingerprint
@@ -62,29 +69,63 @@ def test_another_adapter_is_another_teacher(tmp_path):
         TeacherCache.open(tmp_path / "cache", teacher)
 
 
-@pytest.mark.parametrize("first", [[], [TermConfig("hidden_mse", layers=[(1, 1)])]], ids=["none", "another"])
-def test_a_compiled_student_notices_the_terms_of_a_later_stage(first, tmp_path):
+def test_a_compiled_student_notices_the_terms_of_later_stages_and_trainings(tmp_path):
     rows = [row | {"input_ids": (row["input_ids"] * 4)[:12]} for row in tiny_rows("single-label")]
     rows = [row | {"attention_mask": [1] * 12} for row in rows]
-    found = []
-    for compiled in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
-        recorder = GradientRecorder()
-        second = StageConfig(alpha=0.5, terms=[TermConfig("hidden_mse", layers=[(2, 3)])])
-        trainer = make_trainer(
-            "single-label",
-            tmp_path,
-            student=tiny_model("single-label", 2, seed=1),
-            teacher=tiny_model("single-label", 4, seed=2),
-            rows=rows,
-            callbacks=[recorder],
-            stages=[StageConfig(steps=1, alpha=0.5, terms=first), second],
-            max_steps=2,
-            per_device_train_batch_size=8,
-            **compiled,
-        )
-        trainer.train()
-        found.append({name.removeprefix("_orig_mod."): value for name, value in recorder.gradients.items()})
-    assert relative_difference(*found) < 1e-6
+    one, other = ([TermConfig("hidden_mse", layers=[pair])] for pair in ((1, 1), (2, 3)))
+    # One after the other, since what one training compiled is there in the next.
+    for terms in ([[]], [one], [[], other], [one, other], [other, []]):
+        found = []
+        for compiled in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
+            recorder = GradientRecorder()
+            stages = [StageConfig(steps=1, alpha=0.5, terms=some) for some in terms]
+            make_trainer(
+                "single-label",
+                tmp_path,
+                student=tiny_model("single-label", 2, seed=1),
+                teacher=tiny_model("single-label", 4, seed=2),
+                rows=rows,
+                callbacks=[recorder],
+                stages=stages,
+                max_steps=len(stages),
+                per_device_train_batch_size=8,
+                **compiled,
+            ).train()
+            found.append(recorder.steps)
+        assert len(found[0]) == len(found[1]) == len(stages)
+        for plain, compiled in zip(*found, strict=True):
+            compiled = {name.removeprefix("_orig_mod."): value for name, value in compiled.items()}
+            assert relative_difference(plain, compiled) < 1e-5
+
+
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+def test_what_all_logits_have_in_common_hides_nothing(offset, tmp_path, monkeypatch):
+    monkeypatch.setattr(tiny, "PADDING_SIDE", "left")
+    set_seed(2)
+    sizes = {"n_embd": 16, "n_head": 2, "n_layer": 2, "vocab_size": 50, "n_positions": 32, "initializer_range": 0.3}
+    teacher = GPT2LMHeadModel(GPT2Config(**sizes, pad_token_id=0, tie_word_embeddings=False))
+    # The last channel says the same in every class.
+    teacher.lm_head.weight.data[:, -1] = offset
+    teacher.transformer.ln_f.weight.data[-1], teacher.transformer.ln_f.bias.data[-1] = 0.0, 1.0
+    with pytest.raises(ValueError, match="padded on the left"):
+        TeacherCache.build(tmp_path, teacher, tiny_rows("causal-lm"), data_collator=PadCollator())
+
+
+def test_few_texts_are_asked_about_to_see_whether_padding_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr(tiny, "PADDING_SIDE", "left")
+    teacher, sizes = tiny_model("causal-lm", 2, seed=2), []
+    teacher.register_forward_pre_hook(lambda _, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True)
+    rows = tiny_rows("causal-lm")
+    for _ in range(2):
+        TeacherCache.build(tmp_path, teacher, rows, data_collator=PadCollator(), batch_size=2)
+    assert max(sizes) == 2
+
+
+def test_empty_texts_are_no_padding(tmp_path):
+    rows = tiny_rows("causal-lm")
+    rows[2] |= {"input_ids": [], "attention_mask": [], "labels": []}
+    teacher = tiny_model("causal-lm", 2, seed=2)
+    assert len(TeacherCache.build(tmp_path, teacher, rows, data_collator=PadCollator())) == len(rows)
 
 
 def test_the_check_of_the_teacher_asks_in_batches_and_chunks_of_the_training(tmp_path):

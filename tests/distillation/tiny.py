@@ -131,10 +131,11 @@ class PadCollator:
 
 
 class GradientRecorder(TrainerCallback):
-    """Keeps the gradients of every optimizer step, before clipping."""
+    """Keeps the gradients of every optimizer step, before clipping, and apart those of the last one."""
 
     def __init__(self) -> None:
         self.gradients: dict[str, torch.Tensor] = {}
+        self.steps: list[dict[str, torch.Tensor]] = []
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         self.gradients = {
@@ -142,6 +143,7 @@ class GradientRecorder(TrainerCallback):
             for name, parameter in model.named_parameters()
             if parameter.grad is not None
         }
+        self.steps.append(self.gradients)
 
 
 def make_trainer(task: str, folder, teacher=None, student=None, rows=None, callbacks=None, cache=None, **arguments):

@@ -12,11 +12,15 @@ from hf_compress.jobs.task_data import read_task
 from hf_compress.pipeline.compress import compress
 from hf_compress.pipeline.estimate import Size, after, estimate, size_of
 from hf_compress.pipeline.planner import FORMATS, Sensitivity, measure_sensitivity, propose
+from hf_compress.pruning.prune import prune
+from hf_compress.quantization.quantize import quantize
 from hf_compress.recipe.recipe import Recipe
 from hf_compress.recipe.steps import FinetuneStep, PruneStep, QuantizeStep, SparsifyStep, StudentStep
+from tests.modeling.tiny import tiny_model
 from tests.tiny_job import save_tiny_bert, tiny_tokenizer
 from tests.tiny_recipe import tiny_data, tiny_recipe
 
+SIZES = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 8, "vocab_size": 400}
 SIZE = Size(blocks=10e6, embeddings=10e6, rest=0.0)
 FOUND = Sensitivity(
     SIZE,
@@ -72,26 +76,52 @@ def test_a_size_that_nothing_meets():
     [
         StudentStep(num_layers=2),
         PruneStep(budget=0.5, score="l2", repair="none", multiple_of=1),
-        SparsifyStep(sparsity=0.7, score="magnitude"),
-        FinetuneStep(num_train_epochs=1),
         QuantizeStep("bf16"),
         *FORMATS.values(),
         QuantizeStep("nf4"),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_expected_sizes_are_near_those_of_the_files(tmp_path, step, dtype):
-    sizes = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 8, "vocab_size": 400}
-    save_tiny_bert(tmp_path / "model", **sizes)
+def test_expected_sizes_are_near_those_of_the_files(tmp_path, step):
+    save_tiny_bert(tmp_path / "model", **SIZES)
     data = read_task(tiny_data(tmp_path / "data"), 0)
     recipe = Recipe(str(tmp_path / "model"), data.config, [step])
-    model = AutoModelForSequenceClassification.from_pretrained(recipe.model, dtype=dtype)
-    model.save_pretrained(recipe.model)
+    model = AutoModelForSequenceClassification.from_pretrained(recipe.model)
     assert size_of(model).megabytes == pytest.approx(saved_bytes(model) / 1e6, rel=0.02)
     expected = estimate(recipe, model, tiny_tokenizer(), data)[0]
     made = compress(recipe, tmp_path / "out")["steps"][-1]
     assert expected.megabytes == pytest.approx(made["cost"]["bytes_on_disk"] / 1e6, rel=0.15)
+
+
+def test_a_training_makes_weights_of_float32():
+    size = size_of(tiny_model("bert", dtype=torch.bfloat16))
+    assert after(size, FinetuneStep()).megabytes == pytest.approx(2 * size.megabytes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "step",
+    [
+        None,
+        QuantizeStep("bf16"),
+        QuantizeStep("int8"),
+        QuantizeStep("fixed-point", options={"bits": 8, "symmetric": False}),
+        QuantizeStep("fixed-point", options={"bits": 8, "granularity": "group"}),
+        QuantizeStep("fixed-point", options={"bits": 12}),
+        QuantizeStep("fixed-point", options={"bits": 4}),
+        QuantizeStep("nf4"),
+    ],
+    ids=str,
+)
+def test_expected_sizes_of_sparse_models(tmp_path, step, dtype):
+    save_tiny_bert(tmp_path, **SIZES | {"hidden_size": 256, "intermediate_size": 1024})
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=dtype)
+    sparsify = SparsifyStep(sparsity=0.8, score="magnitude")
+    expected = after(size_of(model), sparsify)
+    made = prune(model, sparsify.config(0))
+    if step is not None:
+        expected, made = after(expected, step), quantize(made, step.config())
+    assert expected.megabytes == pytest.approx(saved_bytes(made) / 1e6, rel=0.15)
 
 
 def test_sparsity_counts_its_masks():

@@ -1,5 +1,6 @@
 import copy
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -56,6 +57,9 @@ def test_integers_leave_alone_what_must_stay_in_float32(config):
     half = quantize(quantize(model, FloatConfig("fp16")), config)
     found = [name for name, one in half.named_modules() if isinstance(one, PackedModule)]
     assert found == [name for name in packed if not name.endswith(".wo")]
+    excluding = replace(config, exclude=(r".*\.wo",))
+    again = quantize(quantize(model, FloatConfig("fp16")), excluding)
+    assert found == [name for name, one in again.named_modules() if isinstance(one, PackedModule)]
     assert len(found) < len(packed)
 
 
