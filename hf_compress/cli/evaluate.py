@@ -11,6 +11,9 @@ from typer.core import TyperCommand
 from hf_compress.report.tables import megabytes, print_json, show_facts, show_table
 from hf_compress.report.words import is_share
 
+# 0.09 / 0.1 is a little less than 0.9.
+_ROUNDING = 1e-9
+
 # Less was kept than --min-retention asks for.
 NOT_KEPT = 3
 
@@ -139,7 +142,7 @@ def _is_kept(report: Report, least: float | None) -> bool | None:
         return None
     retention = report["retention"]["retention"]
     # One that is not defined is not known to have been kept.
-    return retention is not None and retention >= least
+    return retention is not None and retention >= least - _ROUNDING
 
 
 def show_evaluation(report: Report) -> None:

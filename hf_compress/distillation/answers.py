@@ -24,7 +24,7 @@ from hf_compress.distillation.objective import (
 )
 from hf_compress.distillation.signals import Probe, split_name
 from hf_compress.modeling.autocast import without_autocast
-from hf_compress.modeling.tasks import CLASSIFICATION, IGNORED, unwrap
+from hf_compress.modeling.tasks import CLASSIFICATION, IGNORED, unwrap, without_cache
 
 LABELS = frozenset({"labels", "label", "label_ids", "start_positions", "end_positions"})
 # By how much of the largest number the same text may differ, beside others and alone; bfloat16 has 8 bits.
@@ -171,8 +171,7 @@ class Answers:
         device = next(model.parameters()).device
         decoding = with_decoder_inputs(task, model, batch)
         inputs = {n: v.to(device) for n, v in teacher_inputs(decoding, self.settings.columns).items()}
-        if "use_cache" in self.settings.columns:
-            inputs["use_cache"] = False
+        inputs = without_cache(model, inputs)
         autocast = torch.autocast(device.type, self.autocast_dtype) if self.autocast_dtype else nullcontext()
         flags = [(module, module.training) for module in model.modules()]
         probe = Probe(model, self.settings.signals)

@@ -71,6 +71,11 @@ def compare_outputs(
         counts = (labels != IGNORED).to(logits.device)
         rows = rows.reshape(-1, *[1] * (labels.ndim - 1)).expand(labels.shape)[counts.cpu()]
         teacher_logits, logits, labels = teacher_logits[counts], logits[counts], labels.to(logits.device)[counts]
+    else:
+        # As in a training: NaN marks a missing number, or a missing list of them.
+        known = ~labels.isnan().reshape(len(labels), -1).any(1)
+        rows, labels = rows[known.cpu()], labels[known]
+        teacher_logits, logits = (x[known.to(x.device)] for x in (teacher_logits, logits))
     teacher_logits, logits = teacher_logits.float(), logits.float()
     has_nll = kind in LANGUAGE_MODELS
     teacher_nll, nll = (

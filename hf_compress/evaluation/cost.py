@@ -256,6 +256,8 @@ def _flop_formulas() -> dict[Any, Any]:
 def peak_memory(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> int:
     """Highest memory of one forward: the model's tensors plus the most that PyTorch allocated on top at one moment.
 
+    Weights that modules keep in another order or form, to multiply by them, are among it.
+
     On the CPU the allocations and releases of PyTorch's allocator are summed up in their order (profiler); on CUDA
     `torch.cuda.max_memory_allocated` is compared with the memory before. Both exclude what is not PyTorch's: the
     interpreter, libraries, workspaces inside vendors' kernels. Resident memory would include those, and would depend
@@ -271,22 +273,34 @@ def peak_memory(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> int:
     core = unwrap(model)
     tensors = {id(tensor): tensor for tensor in [*core.parameters(), *core.buffers()]}.values()
     inputs = model_inputs(model, batch)
+    for module in core.modules():
+        # Made again by the first forward, which is how its size is known.
+        getattr(module, "forget_packed_", lambda: None)()
     with inference(model):
-        model(**inputs)  # what a first forward sets up, caches and repacked weights, is no part of the peak
         if core.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(core.device)
             before = torch.cuda.memory_allocated(core.device)
+            model(**inputs)
+            # What a first forward needs only to pack weights is no part of the peak.
+            torch.cuda.reset_peak_memory_stats(core.device)
             model(**inputs)
             peak = torch.cuda.max_memory_allocated(core.device) - before
         else:
             with _silent_profiler() as profiler:
                 model(**inputs)
-            peak = _highest_sum(profiler.kineto_results.events())
+            kept = sum(allocation[1] for allocation in _allocations(profiler))
+            with _silent_profiler() as profiler:
+                model(**inputs)
+            peak = kept + _highest_sum(_allocations(profiler))
     return sum(tensor.nbytes for tensor in tensors) + peak
 
 
-def _highest_sum(events: list[Any]) -> int:
-    allocations = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
+def _allocations(profiler: Any) -> list[tuple[int, int]]:
+    events = profiler.kineto_results.events()
+    return [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
+
+
+def _highest_sum(allocations: list[tuple[int, int]]) -> int:
     current = highest = 0
     for _, n_bytes in sorted(allocations, key=lambda allocation: allocation[0]):
         current += n_bytes

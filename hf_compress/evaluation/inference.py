@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hf_compress.modeling.autocast import without_autocast
-from hf_compress.modeling.tasks import IGNORED, forward_columns, task_of, unwrap
+from hf_compress.modeling.tasks import IGNORED, forward_columns, task_of, unwrap, without_cache
 
 _TARGETS = {"labels", "start_positions", "end_positions"}
 
@@ -91,9 +91,9 @@ def task_logits(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
         start then end, with -100 at padding so that the answer cannot depend on how far a batch is padded.
     """
     inputs = model_inputs(model, batch)
-    if task_of(model) == "causal-lm":
+    if task_of(model) in ("causal-lm", "sequence-classification", "token-classification"):
         inputs |= _positions(model, inputs)
-    outputs = model(**inputs, return_dict=True)
+    outputs = model(**without_cache(model, inputs), return_dict=True)
     if task_of(model) != "question-answering":
         return outputs.logits
     logits = torch.stack([outputs.start_logits, outputs.end_logits], dim=1)
@@ -107,6 +107,10 @@ def _positions(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> dict[str
     """Positions that begin at the first token of each row, for batches that are padded on the left."""
     mask = inputs.get("attention_mask")
     if mask is None or mask[:, 0].all() or "position_ids" in inputs or "position_ids" not in forward_columns(model):
+        return {}
+    tables = [module for name, module in unwrap(model).named_modules() if name.endswith("position_embeddings")]
+    if any(getattr(table, "padding_idx", None) is not None for table in tables):
+        # RoBERTa and its like count the real tokens themselves, from the number of the padding on.
         return {}
     return {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
 
@@ -123,7 +127,13 @@ def task_labels(task: str, batch: Mapping[str, torch.Tensor]) -> torch.Tensor | 
         label column predicts its own input, except padding, and never a row's first token, which nothing precedes.
     """
     if task == "question-answering" and {"start_positions", "end_positions"} <= set(batch):
-        return torch.stack([batch["start_positions"], batch["end_positions"]], dim=1)
+        labels = torch.stack([batch["start_positions"], batch["end_positions"]], dim=1)
+        if "attention_mask" not in batch:
+            return labels
+        # As in a training: an answer that was cut off stands outside of the text.
+        is_token = batch["attention_mask"] != 0
+        within = (labels >= 0) & (labels < is_token.shape[1])
+        return labels.where(within & is_token.gather(1, labels.where(within, 0)), IGNORED)
     if task == "causal-lm" and ("labels" in batch or "input_ids" in batch):
         labels = batch["labels"] if "labels" in batch else batch["input_ids"]
         if "attention_mask" not in batch:

@@ -230,8 +230,12 @@ def retention_from_predictions(
         ValueError: if the metric is unknown or the lengths differ.
     """
     agreement = None
-    if metric not in ("pearsonr", "spearmanr", "perplexity"):
-        same = [np.ravel(a == b) for a, b in zip(_rows(teacher_predictions), _rows(predictions), strict=True)]
+    rows = _rows(predictions)
+    are_numbers = callable(metric) and np.asarray(rows[0]).dtype.kind == "f"
+    if metric not in ("pearsonr", "spearmanr", "perplexity") and not are_numbers:
+        # Several labels of a row are one decision; words, tokens and ends of answers are one each.
+        one = np.all if metric in ("accuracy", *_F1_AVERAGES) else np.ravel
+        same = [np.atleast_1d(one(a == b)) for a, b in zip(_rows(teacher_predictions), rows, strict=True)]
         agreement = float(np.concatenate(same).mean())
     scores = [score_of(metric, references, decided) for decided in (teacher_predictions, predictions)]
     bootstrap = {"n_bootstrap": n_bootstrap, "confidence": confidence, "seed": seed}

@@ -185,6 +185,10 @@ class BinaryLinear(PackedLinear):
         products = multiply_signs(numbers.flatten(0, -2), self.signs())
         return products.unflatten(0, hidden_states.shape[:-1])
 
+    def forget_packed_(self) -> None:
+        """Gives back the memory of the unpacked signs, until the next product."""
+        self._signs = None
+
     def _load_from_state_dict(self, *args: Any) -> None:
         self._signs = None
         super()._load_from_state_dict(*args)

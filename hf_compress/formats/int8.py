@@ -134,6 +134,10 @@ class Int8Linear(PackedLinear):
             known = self._prepared = _Prepared(weight, scales, (_version(weight), _version(scales)), product)
         return known.product
 
+    def forget_packed_(self) -> None:
+        """Gives back the memory of what products read, until the next one."""
+        self._prepared = None
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         self._prepared = None
         return super()._apply(fn, recurse)

@@ -1,6 +1,7 @@
 """What a model predicts: its task, read from its class, and the order of its labels, read from its config."""
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -155,6 +156,22 @@ def label_permutation(source_config: Any, target_config: Any) -> list[int] | Non
             "label2id=teacher.config.label2id)`)."
         )
     return [source.index(name) for name in target]
+
+
+def without_cache(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Inputs with which a language model keeps no keys and values.
+
+    They would grow from call to call, and with them packed texts, which `position_ids` alone tell apart, would read
+    each other.
+
+    Args:
+        model (`nn.Module`): A Transformers model, wrapped or not.
+        inputs (`Mapping`): Of its forward.
+
+    Returns:
+        `dict`: The same, with `use_cache=False` where there is such an argument.
+    """
+    return {**inputs, "use_cache": False} if "use_cache" in forward_columns(model) else dict(inputs)
 
 
 def forward_columns(model: nn.Module) -> set[str]:

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from hf_compress.modeling.blocks import FFN, Block, find_blocks
 from hf_compress.modeling.capture import visit_inputs
 from hf_compress.modeling.projections import read_matrix
-from hf_compress.modeling.tasks import unwrap
+from hf_compress.modeling.tasks import unwrap, without_cache
 from hf_compress.pruning import scores
 from hf_compress.pruning.batches import Batch, check_finite, median_batch, read_batches, token_mask
 from hf_compress.pruning.config import BLIND_SCORES, StructuredPruningConfig
@@ -206,7 +206,7 @@ def activation_scores(
                 squares[part.name] = squares[part.name] + sums
 
             with visit_inputs([part for site in sites for part in site.parts], add):
-                model(**batch)
+                model(**without_cache(model, batch))
     for name, value in squares.items():
         check_finite(name, value)
     return {

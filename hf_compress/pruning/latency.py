@@ -20,7 +20,7 @@ from torch import nn
 
 from hf_compress.modeling.blocks import Block, find_blocks
 from hf_compress.modeling.removal import can_remove
-from hf_compress.modeling.tasks import forward_columns, unwrap
+from hf_compress.modeling.tasks import unwrap, without_cache
 from hf_compress.pruning.batches import Batch, read_batches
 from hf_compress.pruning.cutting import cut_
 from hf_compress.pruning.sensitivity import frozen
@@ -286,8 +286,7 @@ def _measured_widths(site: Site, levels: Sequence[int]) -> list[int]:
 
 def _inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
     (inputs,) = read_batches(model, [batch])
-    # A cache would grow from call to call.
-    return {**inputs, "use_cache": False} if "use_cache" in forward_columns(model) else inputs
+    return without_cache(model, inputs)
 
 
 def _record_calls(model: nn.Module, blocks: Sequence[Block], inputs: Mapping[str, Any]) -> dict[str, Call]:

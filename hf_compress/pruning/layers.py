@@ -17,7 +17,7 @@ from torch import nn
 
 from hf_compress.modeling.blocks import Block, check_stack, count_layers, find_blocks
 from hf_compress.modeling.surgery import first_layer_stays
-from hf_compress.modeling.tasks import forward_columns, task_of, unwrap
+from hf_compress.modeling.tasks import task_of, unwrap, without_cache
 from hf_compress.pruning.batches import Batch, token_mask
 from hf_compress.pruning.replay import replaced_forwards, state_of, with_state
 from hf_compress.pruning.sensitivity import OutputKind, frozen, task_outputs
@@ -98,8 +98,7 @@ def run_without(
     Yields:
         `ModelOutput`: What the forward returns without `removed`; then the same for each of `trials`.
     """
-    # A cache would be filled by the first pass, and the passes after it would read from it.
-    inputs = {**batch, "use_cache": False} if "use_cache" in forward_columns(model) else batch
+    inputs = without_cache(model, batch)
     blocks = find_blocks(model)
     is_removed = {block.module: block.stack == stack and block.index in removed for block in blocks}
     states: dict[nn.Module, torch.Tensor] = {}

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from hf_compress.modeling.blocks import Block
-from hf_compress.modeling.tasks import forward_columns
+from hf_compress.modeling.tasks import without_cache
 from hf_compress.pruning.batches import Batch
 from hf_compress.pruning.units import Part
 
@@ -34,8 +34,7 @@ class Replay:
     ) -> None:
         self.model = model
         self.progress = progress
-        without_cache = {"use_cache": False} if "use_cache" in forward_columns(model) else {}
-        self.batches = [{**batch, **without_cache} for batch in batches]
+        self.batches = [without_cache(model, batch) for batch in batches]
         self._done: list[Block] = []
         self._given: dict[str, list[Any]] = {}
 

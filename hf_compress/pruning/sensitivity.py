@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hf_compress.modeling.capture import gate_outputs
-from hf_compress.modeling.tasks import problem_type, task_of
+from hf_compress.modeling.tasks import problem_type, task_of, without_cache
 from hf_compress.pruning.batches import Batch, token_mask
 from hf_compress.pruning.units import Site
 
@@ -133,7 +133,7 @@ def _add_batch(model, sites, parts, batch: Batch, found: Sensitivity, use_labels
         for part in parts:
             hook = part.output.register_forward_hook(lambda _, args, out, part=part: outputs[part.name].append(out))
             hooks.enter_context(hook)
-        results = model(**batch)
+        results = model(**without_cache(model, batch))
     if use_labels:
         # Of the mean over the batch: times the number of samples it is that of each sample's own loss.
         target, factors = results.loss[None], [torch.full((1,), float(n_samples))]

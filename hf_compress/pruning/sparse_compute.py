@@ -13,7 +13,7 @@ from torch import nn
 
 from hf_compress.modeling.autocast import remove_autocast_
 from hf_compress.modeling.projections import in_width
-from hf_compress.modeling.tasks import forward_columns, unwrap
+from hf_compress.modeling.tasks import unwrap, without_cache
 from hf_compress.pruning.batches import Batch, read_batches
 from hf_compress.pruning.latency import time_in_turn
 from hf_compress.pruning.masks import true_share
@@ -182,8 +182,7 @@ def _check_holds(layers: Sequence[Layer], name: str) -> None:
 
 def _inputs(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Batch:
     (inputs,) = read_batches(model, [batch])
-    # A cache would grow from call to call.
-    return {**inputs, "use_cache": False} if "use_cache" in forward_columns(model) else inputs
+    return without_cache(model, inputs)
 
 
 def _time_layers(

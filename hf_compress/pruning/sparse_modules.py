@@ -45,6 +45,10 @@ class _Sparse(nn.Module):
         # A copy packs its own weight.
         return {name: value for name, value in vars(self).items() if name != "_packed"}
 
+    def forget_packed_(self) -> None:
+        """Gives back the memory of the packed weight, until the next product."""
+        vars(self).pop("_packed", None)
+
     def _multiply(self) -> Any:
         state = _state(self.weight)
         packed = vars(self).get("_packed")

@@ -12,7 +12,7 @@ from torch import nn
 from hf_compress.checkpoint.sparse import mark_sparse_, sparse_names
 from hf_compress.checkpoint.widths import write_widths_
 from hf_compress.modeling.projections import write_matrix_
-from hf_compress.modeling.tasks import unwrap
+from hf_compress.modeling.tasks import unwrap, without_cache
 from hf_compress.pruning.batches import Batch, read_batches, warn_of_few_tokens
 from hf_compress.pruning.calibration import Calibration
 from hf_compress.pruning.layer_inputs import check_reached, walk, watch_inputs
@@ -368,7 +368,7 @@ def _output_errors(
 
     with frozen(model), torch.no_grad(), watch_inputs(model, layers, add):
         for batch in batches:
-            model(**batch)
+            model(**without_cache(model, batch))
     for layer, (_, _, n_tokens) in squares.items():
         check_reached(layer, n_tokens)
     return {layer.name: (error / max(whole, 1e-30)) ** 0.5 for layer, (error, whole, _) in squares.items()}

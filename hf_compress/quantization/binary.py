@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from hf_compress.formats.binary import FLOAT, BinaryLinear, binary_rows, input_levels, round_inputs
 from hf_compress.formats.packed import PackedModule
 from hf_compress.modeling.projections import in_width, read_matrix
+from hf_compress.modeling.tasks import without_cache
 from hf_compress.quantization.config import BinaryConfig
 from hf_compress.quantization.fake_quant import (
     Inputs,
@@ -273,7 +274,7 @@ def fit_inputs_(model: PreTrainedModel, batches: Iterable[Mapping[str, torch.Ten
             inputs.begin_fit(bits)
         with torch.no_grad():
             for batch in batches:
-                model(**batch)
+                model(**without_cache(model, batch))
         wrong = [name for name, inputs in elastic.items() if not inputs.end_fit()]
         if wrong:
             raise ValueError(

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from hf_compress.modeling.blocks import find_blocks
-from hf_compress.modeling.tasks import forward_columns
+from hf_compress.modeling.tasks import IGNORED, forward_columns, without_cache
 
 _TARGETS = ("labels", "start_positions", "end_positions")
 
@@ -122,7 +122,7 @@ def visit_inputs(
                         visit(name, _real_tokens(args[0], mask))
 
                     hooks.enter_context(module.register_forward_pre_hook(hook))
-                model(**inputs)
+                model(**without_cache(model, inputs))
             n_batches += 1
     finally:
         for module, was_training in training.items():
@@ -139,7 +139,7 @@ def read_batch(model: PreTrainedModel, batch: Any) -> dict[str, torch.Tensor]:
         batch (`Any`): What the user gave.
 
     Returns:
-        `dict[str, torch.Tensor]`: Without labels, unless a decoder reads them.
+        `dict[str, torch.Tensor]`: Without labels, of which what a decoder reads is made.
 
     Raises:
         ValueError: if the model's main input is missing.
@@ -160,6 +160,13 @@ def read_batch(model: PreTrainedModel, batch: Any) -> dict[str, torch.Tensor]:
             f"A calibration batch has the columns {sorted(batch)}, but {type(model).__name__} needs "
             f"{model.main_input_name!r}: give tokenized batches."
         )
+    if model.config.is_encoder_decoder and "labels" in batch:
+        labels = batch["labels"].to(model.device)
+        read.pop("labels", None)
+        if "decoder_input_ids" not in read:
+            read["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
+        # Position i of the decoder predicts label i; where there is none, it reads padding.
+        read.setdefault("decoder_attention_mask", (labels != IGNORED).long())
     return read
 
 

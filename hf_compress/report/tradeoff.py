@@ -69,7 +69,8 @@ def draw_tradeoffs(reports: Mapping[str, Report]) -> list[Figure]:
         def share(entry: Entry, size: str = size) -> float:
             return 100 * entry["latency"][size]["ratio"]
 
-        figures.append(_draw(reports, f"Quality and time, {size} rows at a time", f"time, % of {first}", share))
+        title = f"Quality and time, {size} rows at a time"
+        figures.append(_draw(reports, title, f"time, % of {first}", share, is_relative=True))
     return figures
 
 
@@ -96,9 +97,21 @@ def mark_best(points: Sequence[Point], groups: Sequence[object]) -> list[Point]:
     ]
 
 
-def _draw(reports: Mapping[str, Report], title: str, label: str, cost_of: Callable[[Entry], float]) -> Figure:
+def _draw(
+    reports: Mapping[str, Report],
+    title: str,
+    label: str,
+    cost_of: Callable[[Entry], float],
+    is_relative: bool = False,
+) -> Figure:
     groups = [_measured_on(report) for report in reports.values()]
     axis, quality_of = _quality_axis(reports, len(set(groups)) == 1)
+    if is_relative:
+        # Of shares of different models' times, none is more or less than another.
+        groups = [
+            (*group, one["recipe"]["model"], *map(str, one["machine"].values()))
+            for group, one in zip(groups, reports.values(), strict=True)
+        ]
     points = [
         Point(number, entry["name"], cost_of(entry), *quality)
         for number, report in enumerate(reports.values())
@@ -136,7 +149,9 @@ def _draw(reports: Mapping[str, Report], title: str, label: str, cost_of: Callab
 
 def _measured_on(report: Report) -> tuple[object, ...]:
     data = report["recipe"]["data"]
-    return report["metric"], data.get("dataset"), data.get("dataset_name"), report["split"], report["rows_measured_on"]
+    columns = data.get("label_column"), *(data.get("text_columns") or ())
+    source = data.get("dataset"), data.get("dataset_name")
+    return report["metric"], source, columns, report["split"], report["rows_measured_on"]
 
 
 def _quality_axis(
