@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import DataCollatorWithPadding, default_data_collator
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, default_data_collator
 
 from hf_compress.distillation.cache_files import Settings
 from hf_compress.distillation.cache_keys import KEY_BYTES, example_keys
@@ -54,8 +54,8 @@ class Answers:
         self.teacher = teacher
         self.settings = settings
         self.autocast_dtype = autocast_dtype
-        padding = default_data_collator if processing_class is None else DataCollatorWithPadding(processing_class)
-        self._collate = data_collator or padding
+        pads = isinstance(processing_class, PreTrainedTokenizerBase)
+        self._collate = data_collator or (DataCollatorWithPadding(processing_class) if pads else default_data_collator)
         self._tail_mass, self._n_tokens = 0.0, 0
 
     def ask(self, rows: Sequence[Mapping[str, Any]], batch_size: int, first_row: int = 0) -> dict[str, np.ndarray]:
@@ -186,7 +186,7 @@ class Answers:
             for module, is_training in flags:
                 module.training = is_training
         if task == "feature-extraction":
-            mask = _own_mask(batch).to(device)
+            mask = None if "pixel_values" in batch else _own_mask(batch).to(device)
             outputs["embedding"] = embed(outputs["last_hidden_state"], mask, self.settings.pooling)
         if self.settings.precision == "top-k":
             log_probs = (outputs["logits"].float() / self.settings.temperature).log_softmax(-1)

@@ -356,10 +356,7 @@ def _contrastive(term, pair, ours, theirs, projections, masks):
 
 def _embeddings(ours: torch.Tensor, theirs: torch.Tensor, masks: Masks, pooling: str) -> list[torch.Tensor]:
     """Each text as one vector; all tokens count where there is no mask, as for images."""
-    return [
-        embed(hidden, hidden.new_ones(hidden.shape[:2], dtype=torch.bool) if mask is None else mask, pooling)
-        for hidden, mask in ((ours, masks.student), (theirs, masks.teacher))
-    ]
+    return [embed(hidden, mask, pooling) for hidden, mask in ((ours, masks.student), (theirs, masks.teacher))]
 
 
 def _key_mask(mask: torch.Tensor | None, keys: torch.Tensor) -> torch.Tensor:

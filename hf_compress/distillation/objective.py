@@ -65,7 +65,7 @@ def items_of(
         labels, label_mask = _example_labels(batch)
         return Items(outputs["logits"], labels, None, label_mask)
     if task == "feature-extraction":
-        return Items(embed(outputs["last_hidden_state"], attention_mask(batch), pooling), None)
+        return Items(embedding_of(outputs["last_hidden_state"], batch, pooling), None)
     if task == "question-answering":
         labels, label_mask, class_mask = _answers(batch)
         logits = torch.cat([outputs["start_logits"], outputs["end_logits"]])
@@ -82,17 +82,33 @@ def items_of(
     return Items(logits, labels, mask, label_mask)
 
 
-def embed(hidden: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
-    """A text's embedding.
+def embedding_of(hidden: torch.Tensor, batch: Mapping[str, torch.Tensor], pooling: str) -> torch.Tensor:
+    """The embeddings of a batch of texts, or of images, of which all parts count.
 
     Args:
         hidden (`torch.Tensor` of shape `(batch, length, width)`): Last hidden states.
-        mask (`torch.Tensor` of shape `(batch, length)`): True at real tokens.
+        batch (`Mapping`): The inputs.
+        pooling (`str`): As for `embed`.
+
+    Returns:
+        `torch.Tensor` of shape `(batch, width)`: Not normalised.
+    """
+    return embed(hidden, None if "pixel_values" in batch else attention_mask(batch), pooling)
+
+
+def embed(hidden: torch.Tensor, mask: torch.Tensor | None, pooling: str) -> torch.Tensor:
+    """A text's or an image's embedding.
+
+    Args:
+        hidden (`torch.Tensor` of shape `(batch, length, width)`): Last hidden states.
+        mask (`torch.Tensor` of shape `(batch, length)`, or `None`): True at real tokens; without one, all are.
         pooling (`str`): `"mean"` over the real tokens, or `"cls"`, the first of them.
 
     Returns:
         `torch.Tensor` of shape `(batch, width)`: Not normalised.
     """
+    if mask is None:
+        mask = hidden.new_ones(hidden.shape[:2], dtype=torch.bool)
     if pooling == "cls":
         first = mask.int().argmax(1)
         return hidden[torch.arange(len(hidden), device=hidden.device), first]

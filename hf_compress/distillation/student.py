@@ -127,6 +127,12 @@ def _redraw(student: "PreTrainedModel") -> "PreTrainedModel":
         cut_to_widths_(fresh, read_widths(student))
     if fresh.can_generate():
         fresh.generation_config = copy.deepcopy(student.generation_config)
+    if fresh.state_dict().keys() != student.state_dict().keys():
+        raise ValueError(
+            f"init='random' builds a {type(student).__name__} from its config, which has other tensors than the "
+            f"teacher: {', '.join(sorted(fresh.state_dict().keys() ^ student.state_dict().keys()))}. Load the teacher "
+            "as its config describes it, or leave init out."
+        )
     # Tables of angles, which no state has, stay in float32, as `from_pretrained` leaves them.
     dtypes = {name: tensor.dtype for name, tensor in student.state_dict().items()}
     for name, tensor in fresh.state_dict(keep_vars=True).items():

@@ -25,7 +25,7 @@ from hf_compress.distillation.objective import (
     Items,
     attention_mask,
     decoder_mask,
-    embed,
+    embedding_of,
     items_of,
     step_counts,
     with_decoder_inputs,
@@ -340,7 +340,7 @@ class DistillationTrainer(StageMixin, ProcessesMixin, ProjectionMixin, CardMixin
         with torch.no_grad(), self.compute_loss_context_manager():
             known = {name: value for name, value in inputs.items() if name in self._student_inputs}
             hidden = model(**known, return_dict=True)["last_hidden_state"]
-        embedding = embed(hidden, attention_mask(inputs), self.args.pooling)
+        embedding = embedding_of(hidden, inputs, self.args.pooling)
         return None, embedding.float(), inputs.get("labels")
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any):

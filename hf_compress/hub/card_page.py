@@ -36,7 +36,7 @@ TASKS = {
         "text-classification", "text-classification", "AutoModelForSequenceClassification"
     ),
     "token-classification": Task("token-classification", "token-classification", "AutoModelForTokenClassification"),
-    "question-answering": Task("question-answering", "question-answering", "AutoModelForQuestionAnswering"),
+    "question-answering": Task("question-answering", None, "AutoModelForQuestionAnswering"),
     "seq2seq-lm": Task("text2text-generation", None, "AutoModelForSeq2SeqLM"),
     "masked-lm": Task("fill-mask", "fill-mask", "AutoModelForMaskedLM"),
     "causal-lm": Task("text-generation", "text-generation", "AutoModelForCausalLM"),

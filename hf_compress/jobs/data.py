@@ -254,7 +254,7 @@ def label_ids(
         dataset (`Dataset`): A checked split.
         split (`str`): Its name, for the message.
         label_column (`str`): The column of labels: names, ids, or numbers for a model with one output.
-        config (`PreTrainedConfig`): The model's config, with `num_labels` and `label2id`.
+        config (`PreTrainedConfig`): The model's config, with `num_labels` and `id2label`.
 
     Returns:
         `list[int]` or `list[float]`: One label per row.
@@ -275,7 +275,7 @@ def label_ids(
         known = "the model has one output and learns numbers"
     else:
         values = _matched_names(values, dataset.features[label_column], config)
-        by_name = {str(name): index for name, index in config.label2id.items()}
+        by_name = {str(name): index for index, name in config.id2label.items()}
         # Numbers of a csv file with a gap arrive as floats: 1.0 is the id 1.
         numbers = {float(i): i for i in range(config.num_labels)}
         ids = [by_name.get(value) if isinstance(value, str) else numbers.get(float(value)) for value in values]
@@ -295,7 +295,7 @@ def _matched_names(values: list, feature: Any, config: "PreTrainedConfig") -> li
 
     if not isinstance(feature, ClassLabel):
         return values
-    if set(feature.names) & set(config.label2id):
+    if set(feature.names) & set(config.id2label.values()):
         return [feature.names[value] if value >= 0 else value for value in values]
     names = [config.id2label[i] for i in range(config.num_labels)]
     if names != [f"LABEL_{i}" for i in range(config.num_labels)]:

@@ -198,7 +198,7 @@ class TaskData(NamedTuple):
         if self.task == TEXTS:
             return Outputs(logits, np.asarray(ids, dtype=np.float32 if self.labels_are_numbers(model) else np.int64))
         words = words_with_tokens(given, tokenizer, self.config.text_columns[0], self.config.max_length)
-        outside = (model.config.label2id or {}).get(OUTSIDE, 0)
+        outside = next((index for index, name in model.config.id2label.items() if name == OUTSIDE), 0)
         return by_word(logits, found.labels[back], ids, words, outside)
 
     def labels_are_numbers(self, model: "PreTrainedModel") -> bool:

@@ -102,7 +102,7 @@ def word_label_ids(rows: Dataset, split: str, label_column: str, config: "PreTra
         ValueError: if a label is none of the model's.
     """
     feature = _item_feature(rows, label_column)
-    by_name = {str(name): index for name, index in config.label2id.items()}
+    by_name = {str(name): index for index, name in config.id2label.items()}
     shares_names = isinstance(feature, ClassLabel) and bool(set(feature.names) & set(by_name))
 
     def number(label: Any) -> int | None:

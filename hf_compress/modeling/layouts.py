@@ -347,6 +347,8 @@ _BART = Layout(
     token_columns=("final_logits_bias",),
     hidden_size="d_model",
 )
+# Between the blocks and a head: base models have it, and not all classes with a head do.
+POOLER = "pooler.dense"
 
 LAYOUTS: dict[str, Layout] = {
     "albert": _ALBERT,

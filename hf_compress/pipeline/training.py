@@ -19,6 +19,7 @@ from hf_compress.distillation.cache import TeacherCache
 from hf_compress.distillation.curriculum import plan_stages
 from hf_compress.distillation.efficiency import plain_attention_pays, training_shortcuts
 from hf_compress.distillation.inner_terms import hidden_width
+from hf_compress.distillation.signals import split_name
 from hf_compress.distillation.trainer import DistillationTrainer
 from hf_compress.jobs.stages import train_once
 from hf_compress.pipeline.state import Place
@@ -250,7 +251,7 @@ def _cache(
     if any(not name.startswith("hidden.") for name in signals):
         return None
     if signals:
-        width = hidden_width(teacher, "encoder")
+        width = hidden_width(teacher, split_name(signals[0])[1])
         n_bytes = 2 * sum(rows["length"][:]) * width * len(signals)
         free = shutil.disk_usage(place.folder.parent).free
         if n_bytes > min(_LARGEST_CACHE, free / 2):

@@ -20,12 +20,9 @@ from hf_compress.modeling.surgery import first_layer_stays
 from hf_compress.modeling.tasks import task_of, unwrap, without_cache
 from hf_compress.pruning.batches import Batch, token_mask
 from hf_compress.pruning.replay import replaced_forwards, state_of, with_state
-from hf_compress.pruning.sensitivity import OutputKind, frozen, task_outputs
+from hf_compress.pruning.sensitivity import NEVER, OutputKind, frozen, task_outputs
 
 logger = logging.getLogger(__name__)
-
-# Far below every logit, and finite in every dtype: the divergence of what neither model can choose is then 0.
-NEVER = -1e4
 
 
 def choose_layers(

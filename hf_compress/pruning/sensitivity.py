@@ -9,13 +9,15 @@ import torch
 from torch import nn
 
 from hf_compress.modeling.capture import gate_outputs
-from hf_compress.modeling.tasks import problem_type, task_of, without_cache
+from hf_compress.modeling.tasks import CLASSIFICATION, problem_type, task_of, without_cache
 from hf_compress.pruning.batches import Batch, token_mask
 from hf_compress.pruning.units import Site
 
 OutputKind = Literal["categorical", "bernoulli", "gaussian"]
 # Up to so many outputs per sample, the Fisher information is exact; one backward pass each.
 MOST_OUTPUTS = 8
+# Far below every logit, and finite in every dtype: what neither model can choose adds nothing to a divergence.
+NEVER = -1e4
 
 
 @dataclass
@@ -163,9 +165,13 @@ def _prediction(
     model: nn.Module, results, batch: Batch, n_draws: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     outputs, kind = task_outputs(model, results)
+    stack = "decoder" if model.config.is_encoder_decoder else "encoder"
+    is_answer = task_of(model) == "question-answering"
+    if is_answer:
+        # No answer lies in the padding.
+        outputs = outputs.masked_fill(~token_mask(batch, stack, outputs.shape[-1]).bool()[:, None, :], NEVER)
     factors = output_factors(outputs, kind, n_draws, generator)
-    if outputs.ndim == 3 and task_of(model) != "question-answering":
-        stack = "decoder" if model.config.is_encoder_decoder else "encoder"
+    if outputs.ndim == 3 and not is_answer:
         mask = token_mask(batch, stack, outputs.shape[1]).to(outputs)[..., None]
         factors = [factor * mask for factor in factors]
     return outputs, factors
@@ -187,7 +193,7 @@ def task_outputs(model: nn.Module, results) -> tuple[torch.Tensor, OutputKind]:
         return torch.stack([results.start_logits, results.end_logits], dim=1), "categorical"
     if task == "feature-extraction":
         return results.last_hidden_state, "gaussian"
-    if task == "sequence-classification":
+    if task in CLASSIFICATION:
         kinds = {"regression": "gaussian", "multi_label_classification": "bernoulli"}
         return results.logits, kinds.get(problem_type(model.config), "categorical")
     return results.logits, "categorical"

@@ -13,12 +13,14 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from hf_compress.modeling.blocks import find_layout
+from hf_compress.modeling.layouts import POOLER
 
 
 def float_patterns(model: PreTrainedModel, quantized: Collection[str]) -> list[str]:
     """Patterns that have Transformers pass over all modules but those that are quantized.
 
-    Task heads that this class of model does not have are among them: a checkpoint may be loaded into another class.
+    Task heads and the pooler, where this class of model does not have them, are among them: a checkpoint may be loaded
+    into another class.
 
     Args:
         model (`PreTrainedModel`): The model, before its modules are replaced.
@@ -30,6 +32,9 @@ def float_patterns(model: PreTrainedModel, quantized: Collection[str]) -> list[s
     quantized = set(quantized)
     prefix = f"{model.base_model_prefix}."
     patterns = [_pattern(head, "", quantized) for head in find_layout(model.config).heads]
+    if not any("pooler" in name.split(".") for name in quantized):
+        # Which the base model has, and classes with a head may not.
+        patterns.append(_pattern(POOLER, prefix, quantized))
     # These it knows by itself.
     known = list(model._keep_in_fp32_modules or [])
     for name, module in model.named_modules():

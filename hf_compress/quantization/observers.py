@@ -160,7 +160,10 @@ def read_batch(model: PreTrainedModel, batch: Any) -> dict[str, torch.Tensor]:
             f"A calibration batch has the columns {sorted(batch)}, but {type(model).__name__} needs "
             f"{model.main_input_name!r}: give tokenized batches."
         )
-    if model.config.is_encoder_decoder and "labels" in batch:
+    if not hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        # A classifier's decoder reads what its encoder does.
+        read = {name: value for name, value in read.items() if name not in _TARGETS}
+    elif "labels" in batch:
         labels = batch["labels"].to(model.device)
         read.pop("labels", None)
         if "decoder_input_ids" not in read:
@@ -184,6 +187,7 @@ def _modules_of_decoder(model: PreTrainedModel) -> set[nn.Module]:
 
 
 def _mask(batch: Mapping[str, torch.Tensor], is_second: bool) -> torch.Tensor | None:
+    is_second = is_second and "decoder_input_ids" in batch
     mask = batch.get("decoder_attention_mask" if is_second else "attention_mask")
     # Of several choices per question, each is a row of its own inside the model.
     return None if mask is None else (mask != 0).flatten(0, -2)

@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import load_dataset
-from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer, BertModel
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    BertModel,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+)
 
 from hf_compress.evaluation.cost import count_macs, count_parameters
 from hf_compress.evaluation.sample import sample_batch
@@ -29,7 +36,7 @@ from hf_compress.recipe.steps import (
     VocabularyStep,
 )
 from tests.modeling.tiny import tiny_model
-from tests.tiny_job import save_tiny_bert, tiny_texts, write_rows
+from tests.tiny_job import NAMES, save_tiny_bert, tiny_texts, tiny_tokenizer, write_rows
 from tests.tiny_recipe import CPU, left_behind, tiny_recipe, tiny_words
 
 
@@ -186,6 +193,20 @@ def test_zeros_survive_the_recovery(tmp_path):
         assert not torch.equal(old, new)
     sizes = [(tmp_path / "out" / name / "model.safetensors").stat().st_size for name in ("02-sparsify", "03-recover")]
     assert sizes[0] == pytest.approx(sizes[1], rel=0.01)
+
+
+def test_a_decoder_with_a_head_is_pruned_and_recovers(tmp_path):
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    sizes = {"n_embd": 16, "n_head": 2, "n_layer": 2, "n_positions": 64, "vocab_size": len(tiny_tokenizer())}
+    tokens = {"pad_token_id": tiny_tokenizer().pad_token_id, "bos_token_id": 1, "eos_token_id": 2}
+    config = GPT2Config(**sizes, **tokens, id2label=dict(enumerate(NAMES)))
+    GPT2ForSequenceClassification(config).save_pretrained(tmp_path / "model")
+    steps = [
+        PruneStep(budget=0.7, n_texts=16, multiple_of=4),
+        RecoverStep(max_steps=1, arguments=CPU),
+    ]
+    report = compress(tiny_recipe(tmp_path, steps=steps), tmp_path / "out")
+    assert [step["name"] for step in report["steps"]][1:] == ["01-prune", "02-recover"]
 
 
 def test_layers_without_any_weight_are_held_too():
