@@ -289,7 +289,8 @@ def _warn_of_glued_words(tokenizer: PreTrainedTokenizerBase) -> None:
     if tokenizer([text.split()], is_split_into_words=True)["input_ids"][0] != tokenizer(text)["input_ids"]:
         logger.warning(
             "The teacher's tokenizer reads a list of words as if no spaces were between them, which a teacher may "
-            "never have seen: load it with add_prefix_space=True, unless the teacher was trained in this way."
+            "never have seen: load it with add_prefix_space=True, or set add_prefix_space of its "
+            "backend_tokenizer.pre_tokenizer, unless the teacher was trained in this way."
         )
 
 
@@ -319,10 +320,28 @@ def _words_encoder(
             ours = whole.word_ids(number)
             if whole["input_ids"][number] != ids:
                 ours = _word_ids(student_tokenizer, words[number], ids, indices[number])
-            positions.append(_align(ours, encoded.word_ids(number)))
+            positions.append(_align(ours, whole_words(encoded, number, teacher_tokenizer)))
         return {**{OWN + name: value for name, value in encoded.items()}, POSITIONS: positions}
 
     return encode
+
+
+def whole_words(encoded: Any, row: int, tokenizer: PreTrainedTokenizerBase) -> list[int | None]:
+    """The word of each token, without what is left of one whose beginning was cut off.
+
+    Args:
+        encoded (`BatchEncoding`): Rows of words, tokenized.
+        row (`int`): Which of them.
+        tokenizer (`PreTrainedTokenizerBase`): That they were tokenized by, which knows the side that it cuts.
+
+    Returns:
+        `list[int or None]`: Places of words; `None` for other tokens.
+    """
+    words = encoded.word_ids(row)
+    first = next((place for place, word in enumerate(words) if word is not None), None)
+    if tokenizer.truncation_side == "right" or first is None or encoded[row].offsets[first][0] == 0:
+        return words
+    return [None if word == words[first] else word for word in words]
 
 
 def _word_ids(tokenizer: PreTrainedTokenizerBase, words: list[str], ids: list[int], row: int) -> list[int | None]:

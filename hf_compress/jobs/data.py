@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_compress.modeling.blocks import find_stacks
 from hf_compress.modeling.tasks import forward_columns, problem_type
 
 if TYPE_CHECKING:
@@ -298,7 +299,7 @@ def _matched_names(values: list, feature: Any, config: "PreTrainedConfig") -> li
     if set(feature.names) & set(config.id2label.values()):
         return [feature.names[value] if value >= 0 else value for value in values]
     names = [config.id2label[i] for i in range(config.num_labels)]
-    if names != [f"LABEL_{i}" for i in range(config.num_labels)]:
+    if names != [f"LABEL_{i}" for i in range(len(names))]:
         message = "The classes of the data, %s, and of the model, %s, share no name and are matched by number: "
         logger.warning(message + "check the order, or set id2label in the model's config.json.", feature.names, names)
     return values
@@ -322,11 +323,12 @@ def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedMode
             "tokens: they do not belong together. Load both from the same folder, or call "
             "model.resize_token_embeddings."
         )
-    if tokenizer.pad_token_id is None or model.config.pad_token_id is None:
+    ours, theirs = tokenizer.pad_token_id, model.config.pad_token_id
+    # A decoder's head reads the last token that is not the config's padding.
+    if None in (ours, theirs) or (ours != theirs and find_stacks(model).keys() == {"decoder"}):
         raise ValueError(
-            f"Padding is undefined (tokenizer {tokenizer.pad_token_id}, model config {model.config.pad_token_id}), so "
-            "texts of different lengths cannot be one batch: set tokenizer.pad_token = tokenizer.eos_token and "
-            "model.config.pad_token_id = tokenizer.pad_token_id, and save both."
+            f"Padding is undefined or differs (tokenizer {ours}, model config {theirs}): set tokenizer.pad_token = "
+            "tokenizer.eos_token and model.config.pad_token_id = tokenizer.pad_token_id, and save both."
         )
 
 
@@ -386,9 +388,8 @@ def check_length(model: "PreTrainedModel", dataset: "Dataset") -> None:
 
     lengths = list(dataset["length"])
     row = dataset[lengths.index(max(lengths))]
-    inputs = {
-        name: torch.tensor([row[name]], device=model.device) for name in forward_columns(model) & set(row) - {"labels"}
-    }
+    names = forward_columns(model) & set(row) - {"labels"}
+    inputs = {name: torch.tensor([row[name]], device=model.device) for name in names}
     try:
         with torch.inference_mode():
             model(**inputs)

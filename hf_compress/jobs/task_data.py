@@ -16,7 +16,15 @@ from transformers import (
 from hf_compress.distillation.augmentation import AugmentationConfig, augment
 from hf_compress.evaluation.inference import predict
 from hf_compress.evaluation.retention import METRICS
-from hf_compress.jobs.data import check_splits, evaluation_split, label_ids, label_names, load_splits, tokenize
+from hf_compress.jobs.data import (
+    check_columns,
+    check_splits,
+    evaluation_split,
+    label_ids,
+    label_names,
+    load_splits,
+    tokenize,
+)
 from hf_compress.jobs.inputs import rows_digest
 from hf_compress.jobs.word_labels import (
     OUTSIDE,
@@ -134,6 +142,11 @@ class TaskData(NamedTuple):
                 f"{missing[0]!r}; its columns are {', '.join(self.held_out.column_names)}. Add the column, leave the "
                 "split out, or leave max_drop out."
             )
+        if self.task == WORDS and len(self.held_out):
+            rows = DatasetDict({"train": self.held_out, self.held_out_split: self.held_out})
+            check_words(rows, self.held_out_split, self.config)
+        elif len(self.held_out):
+            check_columns(self.held_out, self.held_out_split, self.config.text_columns, self.config.label_column)
         self.label_ids(self.held_out, model)
 
     def with_noise(self, copies: int, n_rows: int, seed: int, tokenizer: Any, model: "PreTrainedModel") -> Dataset:
@@ -216,8 +229,16 @@ class TaskData(NamedTuple):
             ValueError: if the metric that the recipe names does not fit.
         """
         kind = self.kind(model)
-        usual = {"regression": "pearsonr", WORDS: "seqeval"}.get(kind, "accuracy")
+        # Entities are told by names that begin with B, I and O; of others, seqeval would make what it likes.
+        has_tags = OUTSIDE in model.config.id2label.values()
+        usual = {"regression": "pearsonr", WORDS: "seqeval" if has_tags else "token_accuracy"}.get(kind, "accuracy")
         metric = self.config.metric or usual
+        if metric == "seqeval" and not has_tags:
+            raise ValueError(
+                f"metric='seqeval' counts entities by tags such as O, B-PER and I-PER, and the model's labels are "
+                f"{', '.join(map(str, model.config.id2label.values()))}: set its config.id2label to the tags, or take "
+                "metric='token_accuracy'."
+            )
         known = [name for name in METRICS[kind] if name != "f1" or model.config.num_labels == 2]
         if metric not in known:
             raise ValueError(f"metric={metric!r} does not fit {kind}: choose one of {', '.join(known)}.")

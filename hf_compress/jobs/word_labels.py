@@ -1,6 +1,7 @@
 """Sentences whose words are labelled: checked, numbered, tokenized, and made noisy."""
 
 import copy
+import logging
 import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -8,7 +9,10 @@ from typing import TYPE_CHECKING, Any
 from datasets import ClassLabel, Dataset, DatasetDict
 
 from hf_compress.distillation.augmentation import AugmentationConfig
+from hf_compress.distillation.tokenizers import whole_words
 from hf_compress.modeling.tasks import IGNORED
+
+logger = logging.getLogger(__name__)
 
 # The label of words that are no entity.
 OUTSIDE = "O"
@@ -112,6 +116,10 @@ def word_label_ids(rows: Dataset, split: str, label_column: str, config: "PreTra
             return by_name.get(label)
         return label if 0 <= label < config.num_labels else None
 
+    if isinstance(feature, ClassLabel) and not shares_names:
+        names = list(config.id2label.values())
+        message = "The tags of the data, %s, and of the model, %s, share no name and are matched by number: "
+        logger.warning(message + "check the order, or set id2label in the model's config.json.", feature.names, names)
     ids = [[number(label) for label in labels] for labels in rows[label_column]]
     for index, row in enumerate(ids):
         if None in row:
@@ -154,7 +162,7 @@ def tokenize_words(
         encoded = tokenizer(batch[column], is_split_into_words=True, truncation=True, max_length=max_length)
         all_labels = []
         for place, index in enumerate(indices):
-            starts = _starts(encoded.word_ids(place))
+            starts = _starts(whole_words(encoded, place, tokenizer))
             all_labels.append([IGNORED if word is None else labels[index][word] for word in starts])
         return {**encoded, "labels": all_labels, "length": [len(ids) for ids in encoded["input_ids"]]}
 
@@ -181,7 +189,8 @@ def check_reads_words(tokenizer: "PreTrainedTokenizerBase") -> None:
     if apart["input_ids"] != tokenizer("a a", add_special_tokens=False)["input_ids"]:
         raise ValueError(
             f"{type(tokenizer).__name__} reads a list of words as if there were no space between them: load it with "
-            "add_prefix_space=True, and save it beside the model."
+            "add_prefix_space=True, and save it beside the model. If that changes nothing, set "
+            "tokenizer.backend_tokenizer.pre_tokenizer.add_prefix_space = True."
         )
 
 
@@ -204,7 +213,8 @@ def words_with_tokens(
     # As in `tokenize_words`.
     tokenizer = copy.deepcopy(tokenizer)
     encoded = tokenizer(rows[column][:], is_split_into_words=True, truncation=True, max_length=max_length)
-    return [[word for word in _starts(encoded.word_ids(row)) if word is not None] for row in range(len(rows))]
+    starts = [_starts(whole_words(encoded, row, tokenizer)) for row in range(len(rows))]
+    return [[word for word in row if word is not None] for row in starts]
 
 
 def _starts(words: Sequence[int | None]) -> list[int | None]:

@@ -55,7 +55,10 @@ class DataConfig:
     )
     metric: str | None = field(
         default=None,
-        metadata={"help": "What quality is. By default accuracy; pearsonr for numbers, seqeval for labelled words."},
+        metadata={
+            "help": "What quality is. By default accuracy; pearsonr for numbers; for labelled words seqeval where the "
+            "labels are tags such as O and B-PER, else token_accuracy."
+        },
     )
 
     def __post_init__(self) -> None:

@@ -5,7 +5,7 @@ import re
 
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
-from transformers import AutoModelForSequenceClassification, BertConfig
+from transformers import AutoModelForSequenceClassification, BertConfig, GPT2Config, GPT2ForSequenceClassification
 
 from hf_compress.jobs.data import (
     check_columns,
@@ -17,6 +17,7 @@ from hf_compress.jobs.data import (
     load_splits,
     tokenize,
 )
+from tests.pruning import tiny_tokenizers
 from tests.tiny_job import NAMES, VOCABULARY, save_tiny_bert, tiny_texts, tiny_tokenizer, write_rows
 
 SUFFIXES = (".parquet", ".csv", ".tsv", ".json", ".jsonl")
@@ -309,6 +310,16 @@ def test_tokenizer_without_padding(tmp_path):
     check_tokenizer(tokenizer, model)
     tokenizer.pad_token = None
     with pytest.raises(ValueError, match="Padding is undefined.*tokenizer.pad_token ="):
+        check_tokenizer(tokenizer, model)
+
+
+def test_a_decoder_pads_with_the_token_that_its_head_passes_over():
+    tokenizer = tiny_tokenizers.gpt2()
+    sizes = {"vocab_size": len(tokenizer) + 2, "n_embd": 8, "n_layer": 1, "n_head": 1}
+    model = GPT2ForSequenceClassification(GPT2Config(**sizes, pad_token_id=tokenizer.pad_token_id))
+    check_tokenizer(tokenizer, model)
+    model.config.pad_token_id = 0
+    with pytest.raises(ValueError, match="Padding is undefined or differs"):
         check_tokenizer(tokenizer, model)
 
 

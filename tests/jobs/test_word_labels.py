@@ -1,10 +1,12 @@
 """Labels and outputs of words stay together, whatever tokenizers make of the words."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
-from transformers import BertConfig
+from transformers import BertConfig, BertForSequenceClassification
 
 from hf_compress.distillation.augmentation import AugmentationConfig
 from hf_compress.jobs.task_data import read_task
@@ -78,3 +80,59 @@ def test_words_that_replace_others_bring_their_labels():
     noisy, ids = noisy_sentences(rows, "words", labels, AugmentationConfig(copies=20, word_replacement=0.5))
     assert len(noisy) == 42
     assert [[names[word] for word in words] for words in noisy["words"]] == ids
+
+
+def test_what_is_left_of_a_word_is_no_word():
+    tokenizer = tiny_tokenizers.bert()
+    tokenizer.truncation_side = "left"
+    rows = Dataset.from_dict({"words": [["unhappyrefund", "the", "train"]]})
+    assert tokenize_words(rows, tokenizer, "words", [[1, 0, 0]], 8)["labels"][0] == [-100] * 5 + [0, 0, -100]
+    assert words_with_tokens(rows, tokenizer, "words", 8) == [[1, 2]]
+    whole = tokenize_words(rows, tokenizer, "words", [[1, 0, 0]], 64)["labels"][0]
+    assert [label for label in whole if label != -100] == [1, 0, 0]
+
+
+@pytest.mark.parametrize(("names", "metric"), [(("O", "B-PER"), "seqeval"), (("NOUN", "VERB"), "token_accuracy")])
+def test_entities_are_told_by_tags(names, metric, tmp_path):
+    rows = Dataset.from_dict({"words": [["the", "film"]] * 2, "tags": [list(names)] * 2})
+    config = DataConfig("mine", text_columns=["words"], label_column="tags", max_length=12)
+    data = read_task(config, 0, DatasetDict(train=rows, test=rows))
+    save_tiny_bert(tmp_path, BertForTokenClassification, id2label=dict(enumerate(names)), label2id={})
+    model = BertForTokenClassification.from_pretrained(tmp_path)
+    assert data.metric(model) == metric
+    if metric != "seqeval":
+        with pytest.raises(ValueError, match="metric='seqeval' counts entities by tags .* NOUN, VERB"):
+            read_task(replace(config, metric="seqeval"), 0, DatasetDict(train=rows, test=rows)).metric(model)
+
+
+def test_tags_that_are_matched_by_number_are_said(caplog):
+    features = Features(words=List(Value("string")), tags=List(ClassLabel(names=["O", "B-PER", "B-LOC"])))
+    rows = Dataset.from_dict({"words": [["John", "went"]], "tags": [[1, 0]]}, features)
+    assert word_label_ids(rows, "train", "tags", BertConfig(num_labels=3)) == [[1, 0]]
+    assert "share no name and are matched by number" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("column", "rows", "message"),
+    [
+        ("words", {"words": [["the", "film"]], "tags": [["O"]]}, "1 labels|labels"),
+        ("text", {"text": ["a", None], "label": [0, 1]}, "None|no text|missing"),
+    ],
+)
+def test_rows_to_choose_on_are_checked(column, rows, message, tmp_path):
+    good = (
+        {"words": [["the", "film"]], "tags": [["O", "B-PER"]]}
+        if column == "words"
+        else {"text": ["a", "b"], "label": [0, 1]}
+    )
+    label = "tags" if column == "words" else "label"
+    config = DataConfig("mine", text_columns=[column], label_column=label, max_length=12, eval_split="test")
+    splits = DatasetDict(
+        train=Dataset.from_dict(good), validation=Dataset.from_dict(rows), test=Dataset.from_dict(good)
+    )
+    data = read_task(config, 0, splits)
+    names = ("O", "B-PER")
+    kind = BertForTokenClassification if column == "words" else BertForSequenceClassification
+    save_tiny_bert(tmp_path, kind, id2label=dict(enumerate(names)), label2id={n: i for i, n in enumerate(names)})
+    with pytest.raises((ValueError, TypeError), match=message):
+        data.check_held_out(kind.from_pretrained(tmp_path))
