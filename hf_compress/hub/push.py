@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
@@ -13,11 +14,13 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, get_token
 from huggingface_hub.constants import DEFAULT_REVISION
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
+from safetensors import SafetensorError, safe_open
 
 from hf_compress.hub.card_page import PLACEHOLDER
 
 logger = logging.getLogger(__name__)
 
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 CARD_FILE, CONFIG_FILE, INDEX_FILE = "README.md", "config.json", "model.safetensors.index.json"
 # What belongs to a model. Anything else in its folder stays where it is, and is named.
 _BELONGS = (
@@ -191,6 +194,11 @@ def _check_model(folder: Path, found: dict[str, Path], names: list[str]) -> None
         raise ValueError(
             f"{folder} holds no weights (*.safetensors): save the model there again with `save_pretrained`."
         )
+    if INDEX_FILE not in names and any(_SHARD.fullmatch(name) for name in names):
+        raise ValueError(f"{folder} lacks {INDEX_FILE}, without which its shards cannot be loaded: save it again.")
+    for name in names:
+        if name.endswith(".safetensors"):
+            _check_whole(folder, name, found[name])
     if INDEX_FILE in names:
         shards = set(json.loads(found[INDEX_FILE].read_text())["weight_map"].values())
         missing = sorted(shards - set(names))
@@ -198,6 +206,14 @@ def _check_model(folder: Path, found: dict[str, Path], names: list[str]) -> None
             raise ValueError(
                 f"{folder} lacks {', '.join(missing)}, which {INDEX_FILE} names: save the model there again."
             )
+
+
+def _check_whole(folder: Path, name: str, file: Path) -> None:
+    try:
+        with safe_open(file, "np"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{folder}/{name} is cut off or damaged ({error}): save the model there again.") from None
 
 
 def _check_name(repo_id: str) -> None:

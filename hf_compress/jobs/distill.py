@@ -20,14 +20,13 @@ from hf_compress.distillation.trainer import DistillationTrainer
 from hf_compress.hub.card import write_card
 from hf_compress.jobs.classifiers import Yardstick, choose_metric, load_all, load_classifier, measure_all, score
 from hf_compress.jobs.data import (
-    check_length,
     check_splits,
-    check_tokenizer,
     label_ids,
     label_names,
     load_splits,
     tokenize,
 )
+from hf_compress.jobs.fit import check_length, check_tokenizer
 from hf_compress.jobs.inputs import inputs_digest, rows_digest
 from hf_compress.jobs.job import DistillJob, check_arguments, run_settings
 from hf_compress.jobs.lock import alone_in

@@ -19,7 +19,8 @@ from hf_compress.evaluation.latency import compare_latency
 from hf_compress.evaluation.retention import retention_from_outputs
 from hf_compress.evaluation.sample import sample_batch
 from hf_compress.evaluation.scores import LOWER_IS_BETTER, score_of, score_rows
-from hf_compress.jobs.data import check_columns, check_length, check_tokenizer, evaluation_split, load_splits
+from hf_compress.jobs.data import check_columns, evaluation_split, load_splits
+from hf_compress.jobs.fit import check_length, check_tokenizer
 from hf_compress.jobs.task_data import TEXTS, WORDS, Outputs, TaskData
 from hf_compress.jobs.word_labels import check_words
 from hf_compress.modeling.tasks import IGNORED, matching_columns

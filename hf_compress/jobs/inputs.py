@@ -2,18 +2,21 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import hf_compress
-
 if TYPE_CHECKING:
     from datasets import DatasetDict
 
-# Files that `datasets` writes beside a data set, and text about a model or data.
-_CACHE, _TEXT = "cache-", ".md"
+# Files that `datasets` writes beside a data set, for a while or for good.
+_CACHE = re.compile(r"cache-.*|tmp\w{8}")
+# Text about a model or data.
+_TEXTS = (".md", ".log")
+# What `save_to_disk` writes; the rows are in a folder for each split.
+_SAVED = "dataset_dict.json"
 
 
 def digest(content: Any) -> str:
@@ -29,7 +32,7 @@ def digest(content: Any) -> str:
 
 
 def inputs_digest(model: str, dataset: str, output: Path, rows: str | None = None) -> str:
-    """A name for the model and the data that a run reads, and for the version of the library.
+    """A name for the model and the data that a run reads.
 
     Args:
         model (`str`): A folder, or a name on the Hub.
@@ -41,11 +44,11 @@ def inputs_digest(model: str, dataset: str, output: Path, rows: str | None = Non
         `str`: 16 hexadecimal digits.
     """
     files = [stamp(path, output) for path in (model, dataset)]
-    return digest({"version": hf_compress.__version__, "files": files, "rows": rows})
+    return digest({"files": files, "rows": rows})
 
 
 def stamp(path: str, output: Path) -> list[tuple[str, str]]:
-    """Names and contents of the files at a path, without those that decide nothing.
+    """Names and contents of the files at a path, without those that decide nothing, and those in folders in it.
 
     Args:
         path (`str`): A file or a folder.
@@ -55,7 +58,8 @@ def stamp(path: str, output: Path) -> list[tuple[str, str]]:
         `list[tuple[str, str]]`: Empty for a name on the Hub.
     """
     place, own = Path(path).expanduser().resolve(), output.resolve()
-    files = sorted(place.rglob("*")) if place.is_dir() else [place]
+    below = place.glob("*/*") if (place / _SAVED).is_file() else ()
+    files = sorted([*place.glob("*"), *below]) if place.is_dir() else [place]
     # Times of files would change where the same data are copied or mounted again.
     return [
         (file.name, _content(file, file.stat().st_mtime_ns))
@@ -67,7 +71,7 @@ def stamp(path: str, output: Path) -> list[tuple[str, str]]:
 def _decides(file: Path) -> bool:
     # Downloads and version control keep notes in hidden folders, which change with every call.
     is_hidden = any(part.startswith(".") for part in file.parts)
-    return not is_hidden and not file.name.startswith(_CACHE) and file.suffix != _TEXT
+    return not is_hidden and not _CACHE.fullmatch(file.name) and file.suffix not in _TEXTS
 
 
 @cache

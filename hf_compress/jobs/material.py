@@ -10,7 +10,8 @@ from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer, DataCollatorWithPadding
 
 from hf_compress.jobs.classifiers import choose_metric, load_classifier
-from hf_compress.jobs.data import check_columns, check_length, check_tokenizer, label_ids, tokenize
+from hf_compress.jobs.data import check_columns, label_ids, tokenize
+from hf_compress.jobs.fit import check_length, check_tokenizer
 from hf_compress.jobs.job import CalibratedJob
 
 if TYPE_CHECKING:

@@ -168,6 +168,28 @@ def save_whole(folder: Path, model: "PreTrainedModel", tokenizer: "PreTrainedTok
     partial.rename(folder)
 
 
+def read_json(file: Path) -> dict[str, Any]:
+    """What a file holds, or nothing where it was cut off while it was written.
+
+    Args:
+        file (`Path`): Of plain JSON types.
+    """
+    try:
+        content = json.loads(file.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files in a folder; 0 where there is none.
+
+    Args:
+        folder (`Path`): The folder.
+    """
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest training checkpoint that was written to its end.
 
@@ -178,7 +200,8 @@ def last_checkpoint(folder: Path) -> Path | None:
         `Path` or `None`: A `checkpoint-N` folder. One without the trainer's state, which is written last, was cut off
         while saving and is passed over.
     """
-    checkpoints = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    # A full disk leaves the file, and nothing in it.
+    checkpoints = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json") if read_json(path)]
     return max(checkpoints, key=lambda path: int(path.name.split("-")[1]), default=None)
 
 

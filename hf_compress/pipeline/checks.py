@@ -10,7 +10,8 @@ from transformers import AutoTokenizer
 from hf_compress.distillation.student import make_student
 from hf_compress.evaluation.files import weight_files
 from hf_compress.evaluation.sample import sample_batch
-from hf_compress.jobs.data import check_length, check_tokenizer
+from hf_compress.jobs.fit import check_length, check_tokenizer
+from hf_compress.jobs.stages import folder_bytes
 from hf_compress.pipeline.state import Place, places_of
 from hf_compress.pipeline.training import training_arguments
 from hf_compress.pruning.vocabulary import prune_vocabulary
@@ -80,7 +81,8 @@ def check_room(place: Place) -> None:
         return
     n_bytes = sum(file.stat().st_size for file in weight_files(place.model))
     needed = n_bytes * (1 + (_OF_A_TRAINING if isinstance(place.step, TrainingStep) else 0))
-    free = shutil.disk_usage(place.folder.parent).free
+    # What a run that was stopped has written of the step is part of the room.
+    free = shutil.disk_usage(place.folder.parent).free + folder_bytes(place.work) + folder_bytes(place.cache)
     if needed > free:
         raise OSError(
             f"{place.name} may write {needed / 1e9:.1f} GB, and {place.folder.parent} has {free / 1e9:.1f} GB left: "

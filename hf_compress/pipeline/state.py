@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import hf_compress
 from hf_compress.jobs.inputs import digest, inputs_digest
 from hf_compress.jobs.lock import is_taken
 from hf_compress.jobs.stages import PARTIAL, REPORT_FILE, RUN_FILE, WORK, remove_folder
@@ -27,7 +28,8 @@ _MADE_BY, _KIND = "hf-compress", "recipe"
 # What a run writes beside the folders of its steps.
 _PAGES = (REPORT_FILE, "report.md", "report.html")
 # Of the folders of a step: its model, its training, what is half saved, its teacher's answers.
-_SUFFIXES = ("", WORK, PARTIAL, ".cache")
+CACHE = ".cache"
+_SUFFIXES = ("", WORK, PARTIAL, CACHE)
 
 
 class Place(NamedTuple):
@@ -70,6 +72,11 @@ class Place(NamedTuple):
     def work(self) -> Path:
         """Where a training keeps its checkpoints."""
         return self.folder.with_name(self.name + WORK)
+
+    @property
+    def cache(self) -> Path:
+        """Where a training keeps what its teacher says."""
+        return self.folder.with_name(self.name + CACHE)
 
     def cut_vocabulary(self) -> VocabularyStep | None:
         """The step before this one that changed the tokens, if there is one."""
@@ -154,8 +161,9 @@ def open_output(recipe: "Recipe", output: Path, overwrite: bool, rows: str | Non
             f"The output folder {output} holds files that are not of a run of a recipe, so nothing is written there "
             "and nothing deleted: give a new or an empty folder."
         )
+    inputs = inputs_digest(recipe.model, recipe.data.dataset, output, rows)
     if stored is not None:
-        _check_same_run(output, stored.get("settings", {}), recipe, overwrite)
+        _check_same_run(output, stored, recipe, inputs, overwrite)
         made = [name for name in stored.get("stages", []) if _is_name(name)]
         if not overwrite:
             _renumber(places, made)
@@ -164,24 +172,36 @@ def open_output(recipe: "Recipe", output: Path, overwrite: bool, rows: str | Non
             remove_step(output, name)
         if not overwrite:
             logger.info("Continuing the run in %s.", output)
+        version = stored.get("version")
+        if version != hf_compress.__version__ and not overwrite:
+            logger.warning(
+                "The run in %s was begun by hf_compress %s, and this is %s: what is done stays as it is. Give another "
+                "folder, or --overwrite, to have it all made by one.",
+                output,
+                version,
+                hf_compress.__version__,
+            )
     output.mkdir(parents=True, exist_ok=True)
     # A page of what was found before would not be of this recipe.
-    content = {"made_by": _MADE_BY, "kind": _KIND, "settings": recipe.to_dict(), "stages": names}
+    content = {"made_by": _MADE_BY, "kind": _KIND, "settings": recipe.to_dict(), "stages": names, "inputs": inputs}
+    content["version"] = hf_compress.__version__
     if stored != content or overwrite:
         for page in _PAGES:
             (output / page).unlink(missing_ok=True)
     write_json(output / RUN_FILE, content)
 
 
-def _check_same_run(output: Path, stored: dict[str, Any], recipe: "Recipe", overwrite: bool) -> None:
+def _check_same_run(output: Path, stored: dict[str, Any], recipe: "Recipe", inputs: str, overwrite: bool) -> None:
     """Raises if nothing of a run could be kept, since all its models would be deleted."""
-    asked = recipe.to_dict()
-    changed = [name for name in ("model", "data", "seed") if stored.get(name) != asked[name]]
-    if changed and not overwrite:
-        changes = " and ".join(f"{name} was {stored.get(name)!r} and is {asked[name]!r}" for name in changed)
+    before, asked = stored.get("settings", {}), recipe.to_dict()
+    changed = [name for name in ("model", "data", "seed") if before.get(name) != asked[name]]
+    changes = [f"{name} was {before.get(name)!r} and is {asked[name]!r}" for name in changed]
+    if not changes and stored.get("inputs") != inputs:
+        changes = ["the files of the model or the rows of the data are others than they were"]
+    if changes and not overwrite:
         raise ValueError(
-            f"The output folder {output} holds a run of which nothing could be kept ({changes}): give another folder, "
-            "or --overwrite to delete it and start anew."
+            f"The output folder {output} holds a run of which nothing could be kept ({' and '.join(changes)}): give "
+            "another folder, or --overwrite to delete it and start anew."
         )
 
 

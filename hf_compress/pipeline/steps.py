@@ -14,7 +14,7 @@ from hf_compress.evaluation.retention import retention_from_outputs
 from hf_compress.jobs.material import draw
 from hf_compress.jobs.prune_kinds import compare_weights, compare_widths, kind_of
 from hf_compress.jobs.quantize import kept_in_float, noise_of
-from hf_compress.jobs.stages import save_whole
+from hf_compress.jobs.stages import remove_folder, save_whole
 from hf_compress.pipeline.state import Place
 from hf_compress.pipeline.training import distil, finetune
 from hf_compress.pruning.prune import prune
@@ -58,6 +58,10 @@ def make(place: Place, data: "TaskData", seed: int, options: dict[str, Any]) -> 
         _prepare(place)
     state.wait_for_everyone()
     if place.folder.exists():
+        if state.is_main_process:
+            # A run that was stopped right after it saved the model has left them.
+            remove_folder(place.work)
+            remove_folder(place.cache)
         return
     if type(place.step) in _TRAINERS:
         # The device is kept free of what an earlier step left.

@@ -1,6 +1,5 @@
 """The steps of a recipe that train: the fine-tuned teacher, and models that learn from it."""
 
-import json
 import logging
 import shutil
 import time
@@ -21,8 +20,8 @@ from hf_compress.distillation.efficiency import plain_attention_pays, training_s
 from hf_compress.distillation.inner_terms import hidden_width
 from hf_compress.distillation.signals import split_name
 from hf_compress.distillation.trainer import DistillationTrainer
-from hf_compress.jobs.stages import train_once
-from hf_compress.pipeline.state import Place
+from hf_compress.jobs.stages import folder_bytes, read_json, train_once
+from hf_compress.pipeline.state import Place, write_json
 from hf_compress.pruning.callback import PruningCallback
 from hf_compress.pruning.masks import true_share
 from hf_compress.pruning.unstructured_config import UnstructuredPruningConfig
@@ -124,7 +123,7 @@ def distil(place: Place, data: "TaskData", seed: int, options: dict[str, Any]) -
 
     train_once(place.folder, make_trainer)
     if PartialState().is_main_process:
-        shutil.rmtree(_cache_folder(place), ignore_errors=True)
+        shutil.rmtree(place.cache, ignore_errors=True)
 
 
 def training_arguments(step: TrainingStep, work: Path, seed: int) -> DistillationArguments:
@@ -201,12 +200,12 @@ class EntryCallback(TrainerCallback):
         self._start = time.perf_counter()
         # Of a training that was stopped, what came after its last checkpoint is done anew, and not counted twice.
         if state.global_step > 0 and self._file.exists():
-            self._before = json.loads(self._file.read_text())["seconds"]
+            self._before = read_json(self._file).get("seconds", 0.0)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keeps the seconds so far beside the checkpoint."""
         if state.is_world_process_zero:
-            self._file.write_text(json.dumps({"seconds": self._seconds()}))
+            write_json(self._file, {"seconds": self._seconds()})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Writes the step's entry."""
@@ -238,10 +237,6 @@ def _is_number(value: Any) -> bool:
     return True
 
 
-def _cache_folder(place: Place) -> Path:
-    return place.folder.with_name(place.name + ".cache")
-
-
 def _cache(
     place: Place, args: DistillationArguments, model: Any, teacher: Any, rows: Dataset, collator: Any
 ) -> TeacherCache | None:
@@ -254,11 +249,12 @@ def _cache(
         width = hidden_width(teacher, split_name(signals[0])[1])
         n_bytes = 2 * sum(rows["length"][:]) * width * len(signals)
         free = shutil.disk_usage(place.folder.parent).free
-        if n_bytes > min(_LARGEST_CACHE, free / 2):
+        # What a run that was stopped has stored of it is part of the room.
+        if n_bytes > min(_LARGEST_CACHE, (free + folder_bytes(place.cache)) / 2):
             logger.info("The teacher runs in every step: its hidden states would take %.1f GB.", n_bytes / 1e9)
             return None
     return TeacherCache.build(
-        _cache_folder(place),
+        place.cache,
         teacher.to(args.device),
         # Answers are found by what a row holds, so the order is free: batches of one length have no padding.
         rows.sort("length"),

@@ -176,10 +176,11 @@ class PruningCallback(TrainerCallback):
             (folder / PROGRESS_FILE).write_text(json.dumps({"share": self._share}) + "\n")
 
     def _read_share(self, checkpoint: Path, state: TrainerState) -> float:
-        file = checkpoint / PROGRESS_FILE
-        if not file.exists():
+        try:
+            return json.loads((checkpoint / PROGRESS_FILE).read_text())["share"]
+        except (FileNotFoundError, ValueError):
+            # It was stopped before this was written; a training of the same length follows its schedule.
             return self._share_by(state.global_step - 1, self.update_steps(state.max_steps))
-        return json.loads(file.read_text())["share"]
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -19,7 +19,7 @@ from torch import nn
 from torch.autograd.graph import get_gradient_edge
 
 from hf_compress.modeling.projections import oriented
-from hf_compress.pruning.masks import Selection, pool
+from hf_compress.pruning.masks import Selection, pool, true_share
 from hf_compress.pruning.movement import MovementScores
 from hf_compress.pruning.sensitivity import frozen
 from hf_compress.pruning.unstructured import (
@@ -237,6 +237,8 @@ class WeightPruning:
 
     def _load_(self, checkpoint: Path) -> None:
         path = checkpoint / PRUNING_FILE
+        if not path.exists() and self._read_masks_():
+            return
         if not path.exists():
             raise ValueError(
                 f"The training continues from step {checkpoint.name.split('-')[-1]}, but there is no {path}, which "
@@ -267,6 +269,17 @@ class WeightPruning:
             self._movement.load_(state)
         elif is_over:
             self._movement = None
+
+    def _read_masks_(self) -> bool:
+        """Takes zeros for masks, where all that is to go is gone: a kill may have come before those were saved."""
+        if self._movement is not None or self.config.needs_data:
+            return False
+        shares = broadcast_object_list([allocate(self._model, self._layers, self.config, self._batches)])[0]
+        masks = {layer.name: layer.weight == 0 for layer in self._layers}
+        if any(true_share(masks[name]) < share - 1e-6 for name, share in shares.items()):
+            return False
+        self._shares, self._masks = shares, masks
+        return True
 
     def finish_(self) -> None:
         """Has later saves leave the zeros out."""

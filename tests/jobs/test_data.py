@@ -9,14 +9,13 @@ from transformers import AutoModelForSequenceClassification, BertConfig, GPT2Con
 
 from hf_compress.jobs.data import (
     check_columns,
-    check_length,
-    check_tokenizer,
     evaluation_split,
     label_ids,
     label_names,
     load_splits,
     tokenize,
 )
+from hf_compress.jobs.fit import check_length, check_tokenizer
 from tests.pruning import tiny_tokenizers
 from tests.tiny_job import NAMES, VOCABULARY, save_tiny_bert, tiny_texts, tiny_tokenizer, write_rows
 

@@ -18,9 +18,11 @@ from transformers import (
 
 from hf_compress.evaluation.cost import count_macs, count_parameters
 from hf_compress.evaluation.sample import sample_batch
+from hf_compress.jobs.stages import last_checkpoint
 from hf_compress.pipeline import compress as pipeline
 from hf_compress.pipeline.compress import compress
 from hf_compress.pipeline.training import hold_zeros
+from hf_compress.pruning.callback import PruningCallback
 from hf_compress.pruning.unstructured_config import UnstructuredPruningConfig
 from hf_compress.pruning.weight_layers import find_layers
 from hf_compress.recipe.steps import (
@@ -193,6 +195,45 @@ def test_zeros_survive_the_recovery(tmp_path):
         assert not torch.equal(old, new)
     sizes = [(tmp_path / "out" / name / "model.safetensors").stat().st_size for name in ("02-sparsify", "03-recover")]
     assert sizes[0] == pytest.approx(sizes[1], rel=0.01)
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_recovery_that_was_killed_before_its_masks_were_saved_continues(tmp_path, monkeypatch):
+    arguments = {**CPU, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+    steps = [
+        SparsifyStep(sparsity=0.5, score="magnitude", repair="none"),
+        RecoverStep(max_steps=4, per_device_train_batch_size=8, arguments=arguments),
+    ]
+    save_tiny_bert(tmp_path / "model")
+    recipe = tiny_recipe(tmp_path, steps=steps)
+    compress(recipe, tmp_path / "whole")
+
+    def die(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PruningCallback, "on_save", die)
+        with pytest.raises(Killed):
+            compress(recipe, tmp_path / "out")
+    work = tmp_path / "out" / "02-recover.training"
+    assert [path.name for path in work.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert not list(work.glob("checkpoint-2/pruning.*"))
+    # What a full disk leaves of a file that is written to again.
+    (work / "seconds.json").write_text("")
+    compress(recipe, tmp_path / "out")
+    assert left_behind(tmp_path / "out")["weights"] == left_behind(tmp_path / "whole")["weights"]
+    assert not [path for path in (tmp_path / "out").iterdir() if path.suffix in (".training", ".cache")]
+
+
+def test_a_checkpoint_without_its_state_is_passed_over(tmp_path):
+    for number, state in ((2, '{"global_step": 2}'), (4, "")):
+        (tmp_path / f"checkpoint-{number}").mkdir()
+        (tmp_path / f"checkpoint-{number}" / "trainer_state.json").write_text(state)
+    assert last_checkpoint(tmp_path).name == "checkpoint-2"
 
 
 def test_a_decoder_with_a_head_is_pruned_and_recovers(tmp_path):

@@ -32,7 +32,10 @@ def test_rows_in_memory_are_known_by_what_they_hold(tmp_path):
     made = time_of(output)
     assert compress(recipe, output, splits=splits()) == first
     assert time_of(output) == made
-    second = compress(recipe, output, splits=splits(16, flip=True))
+    with pytest.raises(ValueError, match="nothing could be kept .the files of the model or the rows of the data"):
+        compress(recipe, output, splits=splits(16, flip=True))
+    assert time_of(output) == made
+    second = compress(recipe, output, splits=splits(16, flip=True), overwrite=True)
     assert time_of(output) != made
     assert [step["quality"]["n_examples"] for step in second["steps"]] == [16, 16]
     accuracies = [report["steps"][0]["quality"]["compressed"] for report in (first, second)]
@@ -60,11 +63,29 @@ def test_downloads_and_notes_are_no_inputs_and_weights_are(tmp_path):
     (tmp_path / "model" / ".cache").mkdir()
     (tmp_path / "model" / ".cache" / "downloaded").write_text("now")
     (tmp_path / "model" / "README.md").write_text("A model.")
+    (tmp_path / "model" / "train.log").write_text("A line.")
+    (tmp_path / "model" / "another-run").mkdir()
+    (tmp_path / "model" / "another-run" / "model.safetensors").write_text("of it")
+    # What `map` leaves when it is killed.
+    (tmp_path / "rows" / "train" / "tmp1q04exf3").write_text("rows")
     compress(recipe, output)
     assert time_of(output) == made
     save_tiny_bert(tmp_path / "model", layers=2)
-    compress(recipe, output)
+    with pytest.raises(ValueError, match="the files of the model or the rows of the data are others"):
+        compress(recipe, output)
+    assert time_of(output) == made
+    compress(recipe, output, overwrite=True)
     assert time_of(output) != made
+
+
+def test_another_version_keeps_what_is_done(tmp_path, monkeypatch, caplog):
+    recipe, output = recipe_on(tmp_path, "mine"), tmp_path / "out"
+    compress(recipe, output, splits=splits())
+    made = time_of(output)
+    monkeypatch.setattr("hf_compress.__version__", "9.9")
+    compress(recipe, output, splits=splits())
+    assert time_of(output) == made
+    assert "and this is 9.9: what is done stays as it is" in caplog.text
 
 
 def test_a_run_of_another_seed_is_not_deleted_unasked(tmp_path):
