@@ -105,9 +105,11 @@ def test_overwriting_deletes_what_the_former_run_made(tmp_path):
 
 def test_last_checkpoint_was_written_to_its_end(tmp_path):
     assert last_checkpoint(tmp_path / "missing") is None
-    write(tmp_path / "checkpoint-9", trainer_state__json="{}")
-    write(tmp_path / "checkpoint-10", trainer_state__json="{}")
+    write(tmp_path / "checkpoint-9", trainer_state__json='{"global_step": 9}')
+    write(tmp_path / "checkpoint-10", trainer_state__json='{"global_step": 10}')
     write(tmp_path / "checkpoint-11", model__safetensors="half")
+    # What a full disk leaves.
+    write(tmp_path / "checkpoint-12", trainer_state__json="")
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
 
 

@@ -18,7 +18,6 @@ from transformers import (
 
 from hf_compress.evaluation.cost import count_macs, count_parameters
 from hf_compress.evaluation.sample import sample_batch
-from hf_compress.jobs.stages import last_checkpoint
 from hf_compress.pipeline import compress as pipeline
 from hf_compress.pipeline.compress import compress
 from hf_compress.pipeline.training import hold_zeros
@@ -227,13 +226,6 @@ def test_a_recovery_that_was_killed_before_its_masks_were_saved_continues(tmp_pa
     compress(recipe, tmp_path / "out")
     assert left_behind(tmp_path / "out")["weights"] == left_behind(tmp_path / "whole")["weights"]
     assert not [path for path in (tmp_path / "out").iterdir() if path.suffix in (".training", ".cache")]
-
-
-def test_a_checkpoint_without_its_state_is_passed_over(tmp_path):
-    for number, state in ((2, '{"global_step": 2}'), (4, "")):
-        (tmp_path / f"checkpoint-{number}").mkdir()
-        (tmp_path / f"checkpoint-{number}" / "trainer_state.json").write_text(state)
-    assert last_checkpoint(tmp_path).name == "checkpoint-2"
 
 
 def test_a_decoder_with_a_head_is_pruned_and_recovers(tmp_path):
