@@ -329,10 +329,6 @@ def _without_a_shard(folder):
     next(folder.glob("*-of-*.safetensors")).unlink()
 
 
-def _without_an_index(folder):
-    (folder / "model.safetensors.index.json").unlink()
-
-
 def _cut_off(folder):
     shard = next(folder.glob("*-of-*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-1])
@@ -350,7 +346,7 @@ def _pickled(folder):
         (_without_config, "no config.json"),
         (_without_weights, "no weights.*save_pretrained"),
         (_without_a_shard, "lacks model-0"),
-        (_without_an_index, "lacks model.safetensors.index.json"),
+        (lambda folder: (folder / "model.safetensors.index.json").unlink(), "lacks model.safetensors.index.json"),
         (_cut_off, "cut off or damaged .*save the model there again"),
         (_pickled, "pytorch_model.bin.*pickled.*save_pretrained"),
     ],
