@@ -67,9 +67,9 @@ def test_classifiers_with_a_decoder_take_labels_too(model_type):
     name = {"bart": "BartForSequenceClassification", "t5": "T5ForSequenceClassification"}[model_type]
     model = tiny_model(model_type, name)
     batch = tiny_batch(model)
+    config = hc.FixedPointConfig(bits=8, activations=8)
     scales = [
         {key: value for key, value in hc.quantize(model, config, [some]).named_buffers() if "input_scale" in key}
-        for config in (hc.FixedPointConfig(bits=8, activations=8),)
         for some in (batch, batch | {"labels": torch.zeros(len(batch["input_ids"]), dtype=torch.long)})
     ]
     assert scales[0]

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from hf_compress.modeling.autocast import without_autocast
+from hf_compress.modeling.layouts import LAYOUTS
 from hf_compress.modeling.tasks import IGNORED, forward_columns, task_of, unwrap, without_cache
 
 _TARGETS = {"labels", "start_positions", "end_positions"}
@@ -108,9 +109,10 @@ def _positions(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> dict[str
     mask = inputs.get("attention_mask")
     if mask is None or mask[:, 0].all() or "position_ids" in inputs or "position_ids" not in forward_columns(model):
         return {}
-    tables = [module for name, module in unwrap(model).named_modules() if name.endswith("position_embeddings")]
-    if any(getattr(table, "padding_idx", None) is not None for table in tables):
-        # RoBERTa and its like count the real tokens themselves, from the number of the padding on.
+    layout = LAYOUTS.get(unwrap(model).config.model_type)
+    # RoBERTa and its like count the real tokens themselves, from the number of the padding on.
+    counts_itself = task_of(model) != "causal-lm" if layout is None else layout.pad_token_is_fixed
+    if counts_itself:
         return {}
     return {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
 

@@ -22,7 +22,7 @@ from hf_compress.evaluation.scores import LOWER_IS_BETTER, score_of, score_rows
 from hf_compress.jobs.data import check_columns, evaluation_split, load_splits
 from hf_compress.jobs.fit import check_length, check_tokenizer
 from hf_compress.jobs.task_data import TEXTS, WORDS, Outputs, TaskData
-from hf_compress.jobs.word_labels import check_words
+from hf_compress.jobs.word_labels import check_labelled_words
 from hf_compress.modeling.tasks import IGNORED, matching_columns
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def read_rows(data: "DataConfig") -> TaskData:
         data.label_column in rows.column_names and len(rows) > 0 and isinstance(rows[0][data.label_column], list)
     )
     if has_words:
-        check_words(DatasetDict({"train": rows, split: rows}), split, data)
+        check_labelled_words(rows, split, data)
     else:
         check_columns(rows, split, data.text_columns, data.label_column)
     return TaskData(data, WORDS if has_words else TEXTS, rows, rows, split, None)

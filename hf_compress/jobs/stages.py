@@ -68,12 +68,8 @@ def open_run(folder: Path, settings: dict[str, Any], overwrite: bool, stages: Se
 
 def _read_run(run_file: Path) -> dict[str, Any] | None:
     """What a run's file holds; `None` if there is none, or another program's of that name."""
-    try:
-        content = json.loads(run_file.read_text())
-    except (FileNotFoundError, ValueError):
-        return None
-    is_ours = isinstance(content, dict) and content.get("made_by") == _MADE_BY
-    return content if is_ours else None
+    content = read_json(run_file)
+    return content if content.get("made_by") == _MADE_BY else None
 
 
 def _check_continuable(folder: Path, stored: dict[str, Any], settings: dict[str, Any]) -> None:

@@ -28,6 +28,7 @@ from hf_compress.jobs.data import (
 from hf_compress.jobs.inputs import rows_digest
 from hf_compress.jobs.word_labels import (
     OUTSIDE,
+    check_labelled_words,
     check_words,
     noisy_sentences,
     tokenize_words,
@@ -143,8 +144,7 @@ class TaskData(NamedTuple):
                 "split out, or leave max_drop out."
             )
         if self.task == WORDS and len(self.held_out):
-            rows = DatasetDict({"train": self.held_out, self.held_out_split: self.held_out})
-            check_words(rows, self.held_out_split, self.config)
+            check_labelled_words(self.held_out, self.held_out_split, self.config)
         elif len(self.held_out):
             check_columns(self.held_out, self.held_out_split, self.config.text_columns, self.config.label_column)
         self.label_ids(self.held_out, model)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def check_words(splits: DatasetDict, test_split: str, config: "DataConfig") -> None:
-    """Raises if rows are no sentences of labelled words.
+    """Raises if the rows to learn from, or those to measure on, are no sentences of labelled words.
 
     Args:
         splits (`DatasetDict`): The data.
@@ -34,32 +34,42 @@ def check_words(splits: DatasetDict, test_split: str, config: "DataConfig") -> N
     Raises:
         ValueError: with the row and what is wrong with it.
     """
+    if "train" not in splits:
+        raise ValueError(f"The data set has no split 'train' to learn from, only {', '.join(splits)}.")
+    for split in ("train", test_split):
+        check_labelled_words(splits[split], split, config)
+
+
+def check_labelled_words(rows: Dataset, split: str, config: "DataConfig") -> None:
+    """Raises if rows are no sentences of labelled words.
+
+    Args:
+        rows (`Dataset`): The rows.
+        split (`str`): Their split, for the message.
+        config (`DataConfig`): Names the columns.
+
+    Raises:
+        ValueError: with the row and what is wrong with it.
+    """
     if len(config.text_columns) != 1:
         raise ValueError(
             f"text_columns={config.text_columns}, but labels are lists, one per word: name the one column of words."
         )
-    if "train" not in splits:
-        raise ValueError(f"The data set has no split 'train' to learn from, only {', '.join(splits)}.")
     column = config.text_columns[0]
-    for split in ("train", test_split):
-        rows = splits[split]
-        for name in (column, config.label_column):
-            if name not in rows.column_names:
-                raise ValueError(
-                    f"The split {split!r} has no column {name!r}; its columns are {', '.join(rows.column_names)}."
-                )
-        if len(rows) == 0:
+    for name in (column, config.label_column):
+        if name not in rows.column_names:
             raise ValueError(
-                f"The split {split!r} has 0 rows, from which nothing can be learned: give data with rows."
+                f"The split {split!r} has no column {name!r}; its columns are {', '.join(rows.column_names)}."
             )
-        pairs = zip(rows[column], rows[config.label_column], strict=True)
-        for index, (words, labels) in enumerate(pairs):
-            is_whole = isinstance(words, list) and all(isinstance(word, str) for word in words)
-            if not is_whole or not isinstance(labels, list) or len(labels) != len(words) or not words:
-                raise ValueError(
-                    f"Row {index} of the split {split!r} has {words!r:.60} in {column!r} and {labels!r:.60} in "
-                    f"{config.label_column!r}: both must be lists of one length, of words and of their labels."
-                )
+    if len(rows) == 0:
+        raise ValueError(f"The split {split!r} has 0 rows, from which nothing can be learned: give data with rows.")
+    for index, (words, labels) in enumerate(zip(rows[column], rows[config.label_column], strict=True)):
+        is_whole = isinstance(words, list) and all(isinstance(word, str) for word in words)
+        if not is_whole or not isinstance(labels, list) or len(labels) != len(words) or not words:
+            raise ValueError(
+                f"Row {index} of the split {split!r} has {words!r:.60} in {column!r} and {labels!r:.60} in "
+                f"{config.label_column!r}: both must be lists of one length, of words and of their labels."
+            )
 
 
 def word_label_names(rows: Dataset, label_column: str) -> list[str]:

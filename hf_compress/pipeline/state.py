@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import hf_compress
 from hf_compress.jobs.inputs import digest, inputs_digest
 from hf_compress.jobs.lock import is_taken
-from hf_compress.jobs.stages import PARTIAL, REPORT_FILE, RUN_FILE, WORK, remove_folder
+from hf_compress.jobs.stages import PARTIAL, REPORT_FILE, RUN_FILE, WORK, read_json, remove_folder
 from hf_compress.recipe.steps import (
     EvaluateStep,
     FinetuneStep,
@@ -88,12 +88,8 @@ class Place(NamedTuple):
 
     def read_entry(self) -> dict[str, Any]:
         """What is known of the step so far; empty for another step's."""
-        try:
-            entry = json.loads(self.entry_file.read_text())
-        except (FileNotFoundError, ValueError):
-            return {}
-        is_same = isinstance(entry, dict) and entry.get("fingerprint") == self.fingerprint
-        return entry if is_same else {}
+        entry = read_json(self.entry_file)
+        return entry if entry.get("fingerprint") == self.fingerprint else {}
 
     def write_entry(self, entry: dict[str, Any]) -> None:
         """Keeps what is known of the step, as a whole or not at all."""
@@ -254,12 +250,8 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def _read_run(file: Path) -> dict[str, Any] | None:
     """What a recipe's run said of itself; `None` if there is none."""
-    try:
-        content = json.loads(file.read_text())
-    except (FileNotFoundError, ValueError):
-        return None
-    is_ours = isinstance(content, dict) and content.get("made_by") == _MADE_BY and content.get("kind") == _KIND
-    return content if is_ours else None
+    content = read_json(file)
+    return content if (content.get("made_by"), content.get("kind")) == (_MADE_BY, _KIND) else None
 
 
 def _is_name(name: Any) -> bool:

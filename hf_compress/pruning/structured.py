@@ -312,8 +312,8 @@ def bare_curve(model: nn.Module, site: Site, config: StructuredPruningConfig, co
     may_go = "layers" in config.units and not config.uniform
     widths = allowed_widths(site, config.multiple_of, may_go) if may_be_cut else [site.n_units]
     if config.uniform and site.kind == "heads":
-        heads = site.parts[0].num_heads // site.n_units if site.n_units else 0
-        widths = [width for width in widths if width == site.n_units or heads_fit_config(model, width * heads)]
+        size = site.parts[0].group_size
+        widths = [width for width in widths if width == site.n_units or heads_fit_config(model, width * size)]
     kept = np.array(widths)
     # Sites that stay whole need not agree in a uniform plan.
     kind = site.kind if may_be_cut else site.name

@@ -115,8 +115,8 @@ def test_tags_that_are_matched_by_number_are_said(caplog):
 @pytest.mark.parametrize(
     ("column", "rows", "message"),
     [
-        ("words", {"words": [["the", "film"]], "tags": [["O"]]}, "1 labels|labels"),
-        ("text", {"text": ["a", None], "label": [0, 1]}, "None|no text|missing"),
+        ("words", {"words": [["the", "film"]], "tags": [["O"]]}, "Row 0 of the split 'validation'"),
+        ("text", {"text": ["a", None], "label": [0, 1]}, "'validation' holds no text .* row 1"),
     ],
 )
 def test_rows_to_choose_on_are_checked(column, rows, message, tmp_path):
