@@ -2,8 +2,8 @@ r"""QLoRA on a model that was pruned first: the pruned weights in 4 bits stay as
 
     python scripts/adapters_on_pruned_4bit.py MODEL DATA OUTPUT BUDGET [arguments of TrainingArguments]
 
-MODEL is a fine-tuned classifier, DATA a folder with train and validation that have the columns text and label. OUTPUT
-gets `base/`, the pruned model in NF4, and `adapters/`, some hundred kilobytes for each task.
+MODEL is a fine-tuned classifier, DATA a folder with train and validation that have the columns text and label (ids).
+OUTPUT gets `base/`, the pruned model in NF4, and `adapters/`, some hundred kilobytes for each task.
 """
 
 import sys

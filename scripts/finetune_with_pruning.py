@@ -2,7 +2,7 @@ r"""A usual fine-tuning script that ends with a smaller model: one callback prun
 
     python scripts/finetune_with_pruning.py MODEL DATA OUTPUT BUDGET [arguments of TrainingArguments]
 
-MODEL is any encoder, DATA a folder with train and validation that have the columns text and label (numbers), BUDGET
+MODEL is any encoder, DATA a folder with train and validation that have the columns text and label (ids), BUDGET
 the share of the multiply-accumulates that may be left, such as 0.5. Heads and neurons are switched off step by step
 during the first 60 % of the training, and cut out in the end; the saved model loads with plain `from_pretrained`.
 """

@@ -1,7 +1,7 @@
 r"""Quantize a fine-tuned BERT (or any other text classifier), and measure it beside the float one, without training.
 
-To 8-bit weights and activations, on a model and texts of your own: a folder or file whose split to measure on has the
-columns text and label, for instance test.csv:
+To 8-bit weights and activations, on a model and texts of your own: a folder with test.csv, for instance, that has the
+columns text and label:
 
     python scripts/quantize_bert.py --model ./my-classifier --dataset ./my-texts --format int8 --output-dir ./int8
 

@@ -18,10 +18,15 @@ from transformers import AutoModel, AutoTokenizer, HfArgumentParser
 import hf_compress as hc
 
 
-def embed(model, inputs) -> torch.Tensor:
-    mask = inputs["attention_mask"][..., None]
-    with torch.inference_mode():
-        return (model(**inputs).last_hidden_state * mask).sum(1) / mask.sum(1)
+def embed(model, tokenizer, texts: list[str]) -> torch.Tensor:
+    found = []
+    for start in range(0, len(texts), 64):
+        part = texts[start : start + 64]
+        inputs = tokenizer(part, truncation=True, max_length=128, padding=True, return_tensors="pt")
+        mask = inputs["attention_mask"][..., None]
+        with torch.inference_mode():
+            found.append((model(**inputs).last_hidden_state * mask).sum(1) / mask.sum(1))
+    return torch.cat(found)
 
 
 def main() -> None:
@@ -40,8 +45,8 @@ def main() -> None:
     trainer.save_model()
 
     student = AutoModel.from_pretrained(output)
-    inputs = tokenizer(texts[n_train:], truncation=True, max_length=128, padding=True, return_tensors="pt")
-    similarity = cosine_similarity(embed(teacher.cpu().eval(), inputs), embed(student.eval(), inputs)).mean()
+    new = [embed(model.cpu().eval(), tokenizer, texts[n_train:]) for model in (teacher, student)]
+    similarity = cosine_similarity(*new).mean()
     print(f"mean cosine similarity of the embeddings of {len(texts) - n_train} new texts: {similarity:.4f}")
 
 

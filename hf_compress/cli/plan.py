@@ -20,7 +20,7 @@ _SHOWN = 8
 class PlanJob:
     """What a model is to become, and the data to find out on."""
 
-    dataset: str = field(metadata={"help": "Labelled rows: a name on the Hub, a folder, or one file."})
+    dataset: str = field(metadata={"help": "Labelled rows: a name on the Hub, or a folder with train and test files."})
     output: str = field(default="recipe.yaml", metadata={"help": "File for the recipe."})
     target_mb: float | None = field(
         default=None, metadata={"help": "Megabytes (10^6 bytes) that the model may have on disk. By default, any."}

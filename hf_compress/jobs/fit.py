@@ -22,7 +22,7 @@ def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedMode
     Raises:
         ValueError: if it can produce ids that the model has no embedding for, or cannot pad.
     """
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = model.get_input_embeddings().num_embeddings
     largest = max(tokenizer.get_vocab().values())
     if largest >= rows:
         raise ValueError(

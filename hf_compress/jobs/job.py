@@ -31,8 +31,8 @@ class TextJob:
     model: str = field(metadata={"help": "The model to compress: a folder, or a name on the Hub."})
     dataset: str = field(
         metadata={
-            "help": "Labelled texts: a name on the Hub, a folder with train.parquet, test.parquet ... (or csv, json), "
-            "or one such file."
+            "help": "Labelled texts: a name on the Hub, or a folder with train.parquet, test.parquet ... (or csv, "
+            "json)."
         }
     )
     # By name only, so that what a job cannot do without may follow.

@@ -42,6 +42,8 @@ class Int8DynamicConfig:
     def __post_init__(self) -> None:
         if self.embedding_bits not in (4, 8):
             raise ValueError(f"embedding_bits={self.embedding_bits} are not known: give 8, or 4.")
+        if self.embedding_bits != 8:
+            _check_tables_are_rounded(self)
         if self.smooth is not None and not 0 <= self.smooth <= 1:
             raise ValueError(f"smooth={self.smooth} is no share of the way: give 0 to 1, such as 0.5, or None.")
 
@@ -162,6 +164,7 @@ class FixedPointConfig:
         if self.embedding_bits is not None:
             # The same limits as those of the others.
             self.of_tables()
+            _check_tables_are_rounded(self)
         if type(self.bits) is not int or not 2 <= self.bits <= 16:
             raise ValueError(f"bits={self.bits} are no fixed-point format: give 2 to 16, or BinaryConfig for one bit.")
         if self.activations is not None and (type(self.activations) is not int or not 4 <= self.activations <= 16):
@@ -181,3 +184,11 @@ class FixedPointConfig:
         """The format of the tables of embeddings."""
         bits = self.bits if self.embedding_bits is None else self.embedding_bits
         return replace(self, bits=bits, embedding_bits=None)
+
+
+def _check_tables_are_rounded(config: Int8DynamicConfig | FixedPointConfig) -> None:
+    if not config.embeddings:
+        raise ValueError(
+            f"embedding_bits={config.embedding_bits} says how tables of embeddings are rounded, and embeddings=False "
+            "leaves them as they are: give embeddings=True, or leave embedding_bits out."
+        )

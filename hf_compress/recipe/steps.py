@@ -30,9 +30,7 @@ class DataConfig:
     """The data of a recipe: labelled rows, of which the split `train` is learned from and another one measured on."""
 
     dataset: str = field(
-        metadata={
-            "help": "A name on the Hub, a folder with train.parquet, test.parquet ... (or csv, json), or one file."
-        }
+        metadata={"help": "A name on the Hub, or a folder with train.parquet, test.parquet ... (or csv, json)."}
     )
     dataset_name: str | None = field(
         default=None, metadata={"help": "Configuration of a Hub data set, for instance sst2 of nyu-mll/glue."}

@@ -48,7 +48,8 @@ def inputs(tmp_path_factory):
     save_tiny_bert(folder / "teacher")
     model = AutoModelForSequenceClassification.from_pretrained(folder / "teacher")
     small = cut_(AutoModelForSequenceClassification.from_pretrained(folder / "teacher"))
-    for name, one in (("small", small), ("int8", quantize(model, Int8DynamicConfig()))):
+    rounded = {"int8": Int8DynamicConfig(), "tables": Int8DynamicConfig(embeddings=True, embedding_bits=4)}
+    for name, one in {"small": small, **{name: quantize(model, one) for name, one in rounded.items()}}.items():
         one.save_pretrained(folder / name)
         tiny_tokenizer().save_pretrained(folder / name)
     write_data(folder / "data")
@@ -67,7 +68,8 @@ def yardstick(inputs, model, metric="accuracy", seed=0):
 
 
 @pytest.mark.parametrize(
-    ("name", "metric"), [("small", "accuracy"), ("int8", "f1_macro"), ("teacher", "matthews_correlation")]
+    ("name", "metric"),
+    [("small", "accuracy"), ("int8", "f1_macro"), ("tables", "accuracy"), ("teacher", "matthews_correlation")],
 )
 def test_figures_are_those_of_score_retention(inputs, name, metric):
     paths = {one: str(inputs / one) for one in ("teacher", name)}

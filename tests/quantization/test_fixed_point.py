@@ -337,3 +337,9 @@ def test_tables_of_fewer_bits(config, tmp_path):
     for name in embedding_names(small):
         assert isinstance(small.get_submodule(name), FixedPointEmbedding)
         assert json.loads(json.dumps(small.get_submodule(name).fields))["bits"] == config.embedding_bits
+
+
+@pytest.mark.parametrize("kind", [Int8DynamicConfig, FixedPointConfig])
+def test_bits_of_tables_that_are_not_rounded(kind):
+    with pytest.raises(ValueError, match="^embedding_bits=4 says how tables .* leaves them .*: give embeddings=True"):
+        kind(embeddings=False, embedding_bits=4)
