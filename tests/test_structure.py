@@ -57,6 +57,7 @@ ALLOWED = {
 PATHS = {
     "module", "inputs", "output", "extra_inputs", "gated_inputs", "owner", "table", "blocks", "token_embeddings",
     "position_embeddings", "heads", "token_rows", "token_columns", "tail", "read_whole",
+    "pooler",
 }  # fmt: skip
 # `post_norm` does name a module, but one that is called like a class of PyTorch.
 NO_PATHS = {

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModel, BertConfig, BertModel, BitsAndBytesConfig, pipelines, set_seed
+from transformers import AlbertModel, AutoModel, BertConfig, BertModel, BitsAndBytesConfig, pipelines, set_seed
 
 import hf_compress as hc
 from hf_compress.hub.card_page import TASKS
@@ -49,15 +49,16 @@ def test_no_answer_lies_in_the_padding():
 
 @pytest.mark.bitsandbytes
 @pytest.mark.parametrize("bits", [4, 8])
-def test_a_base_model_may_add_its_pooler(bits, tmp_path):
+@pytest.mark.parametrize(("model_class", "pooler"), [(BertModel, "pooler.dense"), (AlbertModel, "pooler")])
+def test_a_base_model_may_add_its_pooler(model_class, pooler, bits, tmp_path):
     set_seed(0)
     sizes = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 128, "num_hidden_layers": 2}
-    model = BertModel(BertConfig(**sizes, vocab_size=50), add_pooling_layer=False).eval()
+    model = model_class(model_class.config_class(**sizes, vocab_size=50), add_pooling_layer=False).eval()
     config = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
     small = hc.quantize(model, config)
     small.save_pretrained(tmp_path)
     again = AutoModel.from_pretrained(tmp_path)
-    assert type(again.pooler.dense) is torch.nn.Linear
+    assert type(again.get_submodule(pooler)) is torch.nn.Linear
     batch = {"input_ids": torch.arange(3, 11)[None]}
     assert difference(again(**batch).last_hidden_state, small(**batch).last_hidden_state) < 1e-5
 

@@ -137,7 +137,7 @@ def _check_formats(formats: Any) -> None:
     if not sound or len(set(names)) < len(names):
         raise ValueError(
             f"formats={formats!r} in quantization_config must be a list of number formats, each with the names of its "
-            'modules, of which none has two, as in [{"format": "int8", "modules": ["pooler.dense"]}]: restore the '
+            'modules, of which none has two, as in [{"format": "int8", "modules": ["linear"]}]: restore the '
             "config.json that the checkpoint was saved with."
         )
 

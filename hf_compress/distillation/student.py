@@ -10,6 +10,7 @@ from hf_compress.checkpoint.widths import cut_to_widths_, read_widths, write_wid
 from hf_compress.distillation.config import LayerRule, StudentConfig
 from hf_compress.modeling.autocast import remove_autocast_
 from hf_compress.modeling.blocks import count_layers, find_stacks
+from hf_compress.modeling.capture import release_gates_
 from hf_compress.modeling.narrow import (
     hidden_width,
     keep_strongest_heads_,
@@ -86,6 +87,7 @@ def make_student(teacher: "PreTrainedModel", config: StudentConfig) -> "PreTrain
     """
     _check_wrapper(teacher, config)
     _check_teacher(teacher, config)
+    release_gates_(teacher)
     student = copy.deepcopy(teacher)
     remove_autocast_(student)
     for position, stack in enumerate(find_stacks(teacher)):

@@ -39,6 +39,7 @@ from hf_compress.distillation.teacher_check import check_data, check_teachers, l
 from hf_compress.distillation.teachers import Teacher, check_pair, own_columns
 from hf_compress.distillation.term_log import TermLog, gradient_shares
 from hf_compress.distillation.trained_projections import ProjectionMixin
+from hf_compress.modeling.capture import release_gates_
 from hf_compress.modeling.tasks import CLASSIFICATION, forward_columns, problem_type, unwrap
 
 
@@ -92,6 +93,7 @@ class DistillationTrainer(StageMixin, ProcessesMixin, ProjectionMixin, CardMixin
             )
         models = check_teachers(teacher, args)
         super().__init__(model, args, *trainer_args, **trainer_kwargs)
+        release_gates_(self.model)
         if self.is_deepspeed_enabled:
             check_whole(self.model, "The student")
         self.task = [check_pair(self.model, one) for one in models][0]
@@ -129,8 +131,8 @@ class DistillationTrainer(StageMixin, ProcessesMixin, ProjectionMixin, CardMixin
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        columns = own_columns(self.teachers)
-        self._signature_columns += [name for name in columns if name not in self._signature_columns]
+        known = self._signature_columns
+        self._signature_columns = known + [name for name in own_columns(self.teachers) if name not in known]
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches with the cached answers of the teachers; see `Trainer.get_train_dataloader`."""
@@ -191,11 +193,8 @@ class DistillationTrainer(StageMixin, ProcessesMixin, ProjectionMixin, CardMixin
         return (loss, outputs) if return_outputs else loss
 
     def _run_student(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        unlabelled = {
-            name: value
-            for name, value in inputs.items()
-            if name in self._student_inputs and name not in self.label_names
-        }
+        names = self._student_inputs - set(self.label_names)
+        unlabelled = {name: value for name, value in inputs.items() if name in names}
         if self._is_chunked and not self._head_is_checked:
             with self.accelerator.autocast():
                 for one in (self.model, *(teacher.model for teacher in self.teachers if teacher.cache is None)):

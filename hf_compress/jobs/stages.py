@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+import hf_compress
 from hf_compress.jobs.lock import is_taken
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def open_run(folder: Path, settings: dict[str, Any], overwrite: bool, stages: Se
     if stored is not None and not overwrite:
         _check_continuable(folder, stored["settings"], settings)
         logger.info("Continuing the run in %s.", folder)
+        warn_of_another_version(folder, stored.get("version"))
         return
     if stored is not None:
         _delete_results(folder, [*stored.get("stages", []), *stages])
@@ -61,7 +63,7 @@ def open_run(folder: Path, settings: dict[str, Any], overwrite: bool, stages: Se
             "there and nothing deleted: give a new or an empty folder."
         )
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"made_by": _MADE_BY, "settings": settings, "stages": list(stages)}
+    content = {"made_by": _MADE_BY, "version": hf_compress.__version__, "settings": settings, "stages": list(stages)}
     unfinished.write_text(json.dumps(content, indent=2) + "\n")
     unfinished.rename(run_file)
 
@@ -70,6 +72,23 @@ def _read_run(run_file: Path) -> dict[str, Any] | None:
     """What a run's file holds; `None` if there is none, or another program's of that name."""
     content = read_json(run_file)
     return content if content.get("made_by") == _MADE_BY else None
+
+
+def warn_of_another_version(folder: Path, version: str | None) -> None:
+    """Warns if an unfinished run was begun by another version of the library.
+
+    Args:
+        folder (`Path`): Its folder.
+        version (`str` or `None`): What its file says.
+    """
+    if version != hf_compress.__version__:
+        logger.warning(
+            "The run in %s was begun by hf_compress %s, and this is %s: what is done stays as it is. Give another "
+            "folder, or --overwrite, to have it all made by one.",
+            folder,
+            version,
+            hf_compress.__version__,
+        )
 
 
 def _check_continuable(folder: Path, stored: dict[str, Any], settings: dict[str, Any]) -> None:
@@ -81,7 +100,7 @@ def _check_continuable(folder: Path, stored: dict[str, Any], settings: dict[str,
     changed = sorted(name for name in {*stored, *settings} if stored.get(name) != settings.get(name))
     if changed:
         changes = ", ".join(
-            "the model's or the data's contents, or the version of the library, are others"
+            "the model's or the data's contents are others"
             if name == INPUTS
             else f"{name} was {stored.get(name)!r} and is {settings.get(name)!r}"
             for name in changed

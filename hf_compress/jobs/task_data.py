@@ -1,6 +1,7 @@
 """The labelled rows of a recipe, checked: texts, pairs of texts, or sentences whose words are labelled."""
 
 import random
+import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
     from hf_compress.recipe.steps import DataConfig
 
 TEXTS, WORDS = "sequence-classification", "token-classification"
+# Begins, inside, ends, last, single, unit: the schemes that seqeval reads.
+_TAG = re.compile("[BIELSU]-")
 
 
 class TaskData(NamedTuple):
@@ -229,8 +232,8 @@ class TaskData(NamedTuple):
             ValueError: if the metric that the recipe names does not fit.
         """
         kind = self.kind(model)
-        # Entities are told by names that begin with B, I and O; of others, seqeval would make what it likes.
-        has_tags = OUTSIDE in model.config.id2label.values()
+        # Of names that do not begin like tags, seqeval would make what it likes.
+        has_tags = all(name == OUTSIDE or _TAG.match(str(name)) for name in model.config.id2label.values())
         usual = {"regression": "pearsonr", WORDS: "seqeval" if has_tags else "token_accuracy"}.get(kind, "accuracy")
         metric = self.config.metric or usual
         if metric == "seqeval" and not has_tags:

@@ -8,12 +8,17 @@ whatever wraps the model. Tensors are handed over as they are, with their graph:
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from hf_compress.modeling.blocks import FFN, Attention, Block, check_stack, count_layers, find_blocks
 from hf_compress.modeling.projections import check_indices, in_width
+from hf_compress.modeling.tasks import unwrap
+
+# Of a training that ends by an exception, nobody is told; its gates would be copied and trained on with the model.
+_HUNG: WeakKeyDictionary[nn.Module, ExitStack] = WeakKeyDictionary()
 
 
 class QKV(NamedTuple):
@@ -55,6 +60,30 @@ def gate_outputs(gates: Mapping[Attention | FFN, torch.Tensor]) -> Iterator[None
         for part, gate in gates.items():
             hooks.enter_context(part.output.register_forward_pre_hook(_gate_hook(part, gate)))
         yield
+
+
+def hang_gates_(model: nn.Module, gates: Mapping[Attention | FFN, torch.Tensor]) -> ExitStack:
+    """Like `gate_outputs`, for as long as a training takes.
+
+    Args:
+        model (`nn.Module`): The model, not wrapped.
+        gates (`Mapping[Attention | FFN, torch.Tensor]`): Gates of its parts.
+
+    Returns:
+        `ExitStack`: Close it to take them off; `release_gates_` does that too.
+    """
+    hooks = _HUNG[model] = ExitStack()
+    hooks.enter_context(gate_outputs(gates))
+    return hooks
+
+
+def release_gates_(model: nn.Module) -> None:
+    """Takes off the gates of a training that was interrupted; what it switched off stays 0.
+
+    Args:
+        model (`nn.Module`): Any model.
+    """
+    _HUNG.pop(unwrap(model), ExitStack()).close()
 
 
 @contextmanager

@@ -30,6 +30,7 @@ _BERT = Layout(
     token_embeddings=("embeddings.word_embeddings",),
     position_embeddings=("embeddings.position_embeddings",),
     heads=("classifier", "cls", "qa_outputs"),
+    pooler="pooler.dense",
     token_rows=("cls.predictions.decoder.weight", "cls.predictions.decoder.bias", "cls.predictions.bias"),
 )
 _ROBERTA = replace(
@@ -116,6 +117,7 @@ _ALBERT = replace(
         )
     },
     heads=("classifier", "predictions", "qa_outputs", "sop_classifier"),
+    pooler="pooler",
     token_rows=("predictions.decoder.weight", "predictions.decoder.bias", "predictions.bias"),
     requires=(
         Requirement("num_hidden_groups", 1, "only one group of shared weights is supported"),
@@ -190,6 +192,7 @@ _VIT = Layout(
     token_embeddings=(),
     position_embeddings=("embeddings.position_embeddings",),
     heads=("classifier", "decoder"),
+    pooler="pooler.dense",
     follows_hidden=("pooler_output_size",),
     head_dim="head_dim",
 )
@@ -347,8 +350,6 @@ _BART = Layout(
     token_columns=("final_logits_bias",),
     hidden_size="d_model",
 )
-# Between the blocks and a head: base models have it, and not all classes with a head do.
-POOLER = "pooler.dense"
 
 LAYOUTS: dict[str, Layout] = {
     "albert": _ALBERT,

@@ -148,6 +148,8 @@ class Layout:
     """Of these tables, those that the model reads as they are, and looks no rows up in."""
     heads: tuple[str, ...] = ()
     """All modules beside the base model in the `AutoModelFor...` classes: together, the task heads."""
+    pooler: str | None = None
+    """Projection between the blocks and a head, which base models have and not all classes with a head do."""
     token_rows: tuple[str, ...] = ()
     """Tensors of task heads with one row per token."""
     token_columns: tuple[str, ...] = ()

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import hf_compress
 from hf_compress.jobs.inputs import digest, inputs_digest
 from hf_compress.jobs.lock import is_taken
-from hf_compress.jobs.stages import PARTIAL, REPORT_FILE, RUN_FILE, WORK, read_json, remove_folder
+from hf_compress.jobs.stages import (
+    PARTIAL,
+    REPORT_FILE,
+    RUN_FILE,
+    WORK,
+    read_json,
+    remove_folder,
+    warn_of_another_version,
+)
 from hf_compress.recipe.steps import (
     EvaluateStep,
     FinetuneStep,
@@ -168,15 +176,7 @@ def open_output(recipe: "Recipe", output: Path, overwrite: bool, rows: str | Non
             remove_step(output, name)
         if not overwrite:
             logger.info("Continuing the run in %s.", output)
-        version = stored.get("version")
-        if version != hf_compress.__version__ and not overwrite:
-            logger.warning(
-                "The run in %s was begun by hf_compress %s, and this is %s: what is done stays as it is. Give another "
-                "folder, or --overwrite, to have it all made by one.",
-                output,
-                version,
-                hf_compress.__version__,
-            )
+            warn_of_another_version(output, stored.get("version"))
     output.mkdir(parents=True, exist_ok=True)
     # A page of what was found before would not be of this recipe.
     content = {"made_by": _MADE_BY, "kind": _KIND, "settings": recipe.to_dict(), "stages": names, "inputs": inputs}

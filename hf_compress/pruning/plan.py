@@ -97,12 +97,12 @@ def check_target(curves: Sequence[Curve], target: float, fixed: float = 0.0, uni
     smallest, whole = smallest_cost(curves, uniform), total_cost(curves) + fixed
     if target < smallest:
         one_width = "one width for all layers and " if uniform else ""
-        remedies = "uniform=False, " if uniform else ""
+        remedy = "uniform=False" if uniform else 'units that may go altogether ("layers")'
         raise budget_error(
             (target + fixed) / whole,
             (smallest + fixed) / whole,
             f"with {one_width}the fewest units that must stay",
-            f'{remedies}a smaller multiple_of, or units that may go altogether ("layers")',
+            f"a smaller multiple_of, or {remedy}",
         )
 
 

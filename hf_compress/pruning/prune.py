@@ -6,9 +6,9 @@ from typing import Any
 from torch import nn
 
 from hf_compress.modeling.autocast import remove_autocast_
+from hf_compress.modeling.capture import release_gates_
 from hf_compress.pruning.config import StructuredPruningConfig
 from hf_compress.pruning.structured import Data, prune_structured_
-from hf_compress.pruning.training_units import release_
 from hf_compress.pruning.unstructured import prune_unstructured_
 from hf_compress.pruning.unstructured_config import UnstructuredPruningConfig
 
@@ -34,7 +34,7 @@ def prune(model: nn.Module, config: Any, data: Data | None = None) -> nn.Module:
         ValueError: if the budget cannot be met, a pattern does not divide a layer, or model or data do not fit.
         TypeError: if the config is of no known kind.
     """
-    release_(model)
+    release_gates_(model)
     pruned = copy.deepcopy(model)
     remove_autocast_(pruned)
     prune_(pruned, config, data)
@@ -56,5 +56,5 @@ def prune_(model: nn.Module, config: Any, data: Data | None = None) -> None:
     if type(config) not in _STEPS:
         known = ", ".join(step.__name__ for step in _STEPS)
         raise TypeError(f"A {type(config).__name__} does not say how to prune: give one of {known}.")
-    release_(model)
+    release_gates_(model)
     _STEPS[type(config)](model, config, data)

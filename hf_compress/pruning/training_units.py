@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from accelerate import PartialState
@@ -14,9 +13,8 @@ from torch import nn
 
 from hf_compress.checkpoint.widths import write_widths_
 from hf_compress.modeling.blocks import find_blocks
-from hf_compress.modeling.capture import gate_outputs
+from hf_compress.modeling.capture import hang_gates_, release_gates_
 from hf_compress.modeling.projections import read_matrix
-from hf_compress.modeling.tasks import unwrap
 from hf_compress.pruning.calibration import calibrate
 from hf_compress.pruning.config import StructuredPruningConfig
 from hf_compress.pruning.costs import Costs
@@ -26,9 +24,6 @@ from hf_compress.pruning.structured import check_budget, check_prunable, choose_
 from hf_compress.pruning.units import Part, Site, find_sites, unit_size
 
 logger = logging.getLogger(__name__)
-
-# Of a training that ends by an exception, nobody is told; the gates would be copied and cut with the model.
-_HUNG: WeakKeyDictionary[nn.Module, ExitStack] = WeakKeyDictionary()
 
 
 class UnitPruning:
@@ -80,14 +75,13 @@ class UnitPruning:
             ValueError: if the model is quantized, or the budget cannot be met.
         """
         self._hooks.close()
-        release_(model)
+        release_gates_(model)
         check_prunable(model)
         check_budget(model, self.config, batches or None)
         self._model, self._batches = model, batches
         self._sites = find_sites(find_blocks(model))
         self._gates = {part: _live_units(part) for site in self._sites for part in site.parts}
-        self._hooks.enter_context(gate_outputs(self._gates))
-        _HUNG[model] = self._hooks
+        self._hooks = hang_gates_(model, self._gates)
 
     def update_(self, share: float) -> None:
         """Scores the units, and switches more of them off.
@@ -138,15 +132,6 @@ class UnitPruning:
         kept = {site.name: self._gates[site.parts[0]].nonzero()[:, 0] for site in self._sites}
         cut_(self._model, self._sites, kept)
         write_widths_(self._model)
-
-
-def release_(model: nn.Module) -> None:
-    """Takes off the gates of a training that was interrupted; what it switched off stays 0.
-
-    Args:
-        model (`nn.Module`): Any model.
-    """
-    _HUNG.pop(unwrap(model), ExitStack()).close()
 
 
 def dead_first(removal: Removal, live: torch.Tensor) -> Removal:

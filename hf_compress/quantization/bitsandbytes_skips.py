@@ -13,7 +13,6 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from hf_compress.modeling.blocks import find_layout
-from hf_compress.modeling.layouts import POOLER
 
 
 def float_patterns(model: PreTrainedModel, quantized: Collection[str]) -> list[str]:
@@ -31,10 +30,11 @@ def float_patterns(model: PreTrainedModel, quantized: Collection[str]) -> list[s
     """
     quantized = set(quantized)
     prefix = f"{model.base_model_prefix}."
-    patterns = [_pattern(head, "", quantized) for head in find_layout(model.config).heads]
-    if not any("pooler" in name.split(".") for name in quantized):
+    layout = find_layout(model.config)
+    patterns = [_pattern(head, "", quantized) for head in layout.heads]
+    if layout.pooler is not None and not any("pooler" in name.split(".") for name in quantized):
         # Which the base model has, and classes with a head may not.
-        patterns.append(_pattern(POOLER, prefix, quantized))
+        patterns.append(_pattern(layout.pooler, prefix, quantized))
     # These it knows by itself.
     known = list(model._keep_in_fp32_modules or [])
     for name, module in model.named_modules():

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 from hf_compress.modeling.autocast import remove_autocast_
+from hf_compress.modeling.capture import release_gates_
 from hf_compress.modeling.tasks import unwrap
 from hf_compress.quantization.binary import quantize_binary_
 from hf_compress.quantization.bitsandbytes import choose_projections, quantize_bitsandbytes_
@@ -58,6 +59,7 @@ def quantize(
             cannot hold.
         TypeError: if the config is of no known kind, or `evaluate` gives no number.
     """
+    release_gates_(model)
     quantized = copy.deepcopy(model)
     quantize_(quantized, config, data, evaluate, max_drop)
     return quantized
@@ -89,6 +91,7 @@ def quantize_(
         raise TypeError(f"A {type(config).__name__} does not say how to quantize: give one of {known}.")
     model = unwrap(model)
     remove_autocast_(model)
+    release_gates_(model)
     check_prepared(model, config)
     if evaluate is not None:
         if fake_quantized(model):

@@ -64,6 +64,15 @@ def test_unfinished_run_is_continued(tmp_path):
     assert files_of(tmp_path) == before
 
 
+def test_another_version_continues_and_says_so(tmp_path, monkeypatch, caplog):
+    open_run(tmp_path, SETTINGS, overwrite=False)
+    open_run(tmp_path, SETTINGS, overwrite=False)
+    assert not caplog.records
+    monkeypatch.setattr("hf_compress.__version__", "9.9")
+    open_run(tmp_path, SETTINGS, overwrite=False)
+    assert "and this is 9.9: what is done stays as it is" in caplog.text
+
+
 def test_folder_that_was_opened_halfway_is_taken(tmp_path):
     write(tmp_path, run__partial='{"half')
     open_run(tmp_path, SETTINGS, overwrite=False)

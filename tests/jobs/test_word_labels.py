@@ -92,7 +92,15 @@ def test_what_is_left_of_a_word_is_no_word():
     assert [label for label in whole if label != -100] == [1, 0, 0]
 
 
-@pytest.mark.parametrize(("names", "metric"), [(("O", "B-PER"), "seqeval"), (("NOUN", "VERB"), "token_accuracy")])
+@pytest.mark.parametrize(
+    ("names", "metric"),
+    [
+        (("O", "B-PER"), "seqeval"),
+        (("B-CITY", "I-CITY"), "seqeval"),
+        (("NOUN", "VERB"), "token_accuracy"),
+        (("O", "VERB"), "token_accuracy"),
+    ],
+)
 def test_entities_are_told_by_tags(names, metric, tmp_path):
     rows = Dataset.from_dict({"words": [["the", "film"]] * 2, "tags": [list(names)] * 2})
     config = DataConfig("mine", text_columns=["words"], label_column="tags", max_length=12)
@@ -101,7 +109,7 @@ def test_entities_are_told_by_tags(names, metric, tmp_path):
     model = BertForTokenClassification.from_pretrained(tmp_path)
     assert data.metric(model) == metric
     if metric != "seqeval":
-        with pytest.raises(ValueError, match="metric='seqeval' counts entities by tags .* NOUN, VERB"):
+        with pytest.raises(ValueError, match=f"metric='seqeval' counts entities by tags .* are {names[0]}, VERB"):
             read_task(replace(config, metric="seqeval"), 0, DatasetDict(train=rows, test=rows)).metric(model)
 
 

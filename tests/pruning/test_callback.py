@@ -127,6 +127,18 @@ def test_what_an_interrupted_training_leaves_is_taken_off(tmp_path):
     predict(model.eval(), batches[0])
 
 
+def test_a_student_of_an_interrupted_training_learns_with_all_of_its_units(tmp_path):
+    batches = [tiny_batch(classifier())]
+    run = trainer(tmp_path / "run", Interrupted(config(), batches, n_updates=4))
+    with pytest.raises(Stop):
+        run.train()
+    student = hc.make_student(run.model, hc.StudentConfig(num_layers=1))
+    weight = find_blocks(student)[0].ffn.output.weight
+    assert (weight == 0).all(0).any()
+    trainer(tmp_path / "again", TrainerCallback(), model=student, distilled=True).train()
+    assert not (weight == 0).all(0).any()
+
+
 def test_a_training_resumed_with_fewer_steps_reaches_the_budget(tmp_path):
     batches = [tiny_batch(classifier())]
     steps = {"save_strategy": "steps", "save_steps": 5}

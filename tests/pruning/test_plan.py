@@ -1,7 +1,18 @@
+import re
+
 import numpy as np
 import pytest
 
-from hf_compress.pruning.plan import Curve, dynamic_plan, fill, local_plan, ranking_plan, total_cost, uniform_plan
+from hf_compress.pruning.plan import (
+    Curve,
+    check_target,
+    dynamic_plan,
+    fill,
+    local_plan,
+    ranking_plan,
+    total_cost,
+    uniform_plan,
+)
 
 SEARCHES = [dynamic_plan, ranking_plan, local_plan, uniform_plan]
 
@@ -63,6 +74,15 @@ def test_everything_stays_where_the_budget_allows_it():
     curves = random_curves(0)
     for search in SEARCHES:
         assert search(curves, total_cost(curves)) == (0,) * len(curves)
+
+
+@pytest.mark.parametrize(
+    ("uniform", "remedy"), [(True, "uniform=False"), (False, 'that may go altogether ("layers")')]
+)
+def test_remedies_are_of_the_kind_of_plan(uniform, remedy):
+    curves = [Curve(np.array([4, 2]), np.zeros(2), np.array([4.0, 2.0]), "heads")]
+    with pytest.raises(ValueError, match=f"more, a smaller multiple_of, or .*{re.escape(remedy)}[.]$"):
+        check_target(curves, 1.0, uniform=uniform)
 
 
 def test_a_uniform_plan_has_one_width_for_each_kind():
