@@ -105,13 +105,13 @@ def prune_units_(model: nn.Module, config: StructuredPruningConfig, first: Calib
 
 
 def check_prunable(model: nn.Module) -> None:
-    """Refuses models whose weights are packed.
+    """Refuses models whose weights are packed, and those of which nothing is left.
 
     Args:
         model (`nn.Module`): A Transformers model.
 
     Raises:
-        ValueError: if it is quantized, or prepared for weights of one bit.
+        ValueError: if it is quantized, prepared for weights of one bit, or has neither heads nor neurons.
         TypeError: if it has adapters that are not merged.
     """
     if getattr(model, "is_quantized", False):
@@ -121,7 +121,13 @@ def check_prunable(model: nn.Module) -> None:
             "cannot be cut from packed weights. Prune the full-precision model, then quantize the result."
         )
     check_not_binary(model)
-    for block in find_blocks(model):
+    blocks = find_blocks(model)
+    if not find_sites(blocks):
+        raise ValueError(
+            f"The {len(blocks)} layers of {type(model).__name__} have no head and no neuron left, so nothing can be "
+            "cut: prune the model that it was made from to another budget."
+        )
+    for block in blocks:
         for part in (*block.attentions, block.ffn):
             for projection in (*part.inputs, part.output):
                 # Cutting one of them by halves would leave a model that cannot run.

@@ -83,3 +83,12 @@ def test_adapters_are_refused_before_anything_is_cut():
     with pytest.raises(TypeError, match="Merge adapters first"):
         hc.prune_(adapted, config(), [batch])
     assert difference(predict(model, batch), before) == 0
+
+
+@pytest.mark.parametrize("score", ["obs", "l2"])
+def test_a_model_of_which_nothing_is_left(score):
+    model = tiny_model("bert", "BertForSequenceClassification", intermediate_size=64)
+    batch = tiny_batch(model)
+    empty = hc.prune(model, config(budget=0.001, units=("heads", "neurons", "layers")), [batch])
+    with pytest.raises(ValueError, match="^The 3 layers of BertForSequenceClassification have no head and no neuron"):
+        hc.prune(empty, config(score=score), [batch])
