@@ -121,7 +121,7 @@ def _facts(content: Content) -> Iterator[tuple[str, str | None]]:
     yield "folder", content["path"]
     yield "model", f"{content['class']} ({content['model_type']})"
     labels = content["labels"] or []
-    shown = ", ".join(labels[:_LABELS_SHOWN]) + (", ..." if len(labels) > _LABELS_SHOWN else "")
+    shown = ", ".join(map(str, labels[:_LABELS_SHOWN])) + (", ..." if len(labels) > _LABELS_SHOWN else "")
     what = f"{len(labels)} labels: {shown}" if labels else content["problem_type"]
     yield "task", content["task"] and f"{content['task']}{f' ({what})' if what else ''}"
     other = f", with {content['other_library']} installed" if content["other_library"] else ""

@@ -112,7 +112,8 @@ def _show(console: Console, found: "Sensitivity", proposals: "list[Proposal]") -
     console.print(f"Kept on {found.rows} {where}, in percent of the metric, without training:")
     console.print(f"  pruned to a share of the multiply-accumulates: {pruned}")
     console.print(f"  rounded: {rounded}")
-    console.print(f"  {100 * found.tokens:.0f} % of the tokens are used by the texts.")
+    if found.tokens is not None:
+        console.print(f"  {100 * found.tokens:.0f} % of the tokens are used by the texts.")
     rows = [
         (
             str(number),

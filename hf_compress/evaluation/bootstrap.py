@@ -73,6 +73,22 @@ def score_of_function(metric_fn: Callable, references: Sequence, predictions: Se
     return score
 
 
+def check_bootstrap(n_resamples: int, confidence: float) -> None:
+    """Refuses what gives no interval, before anything is computed.
+
+    Args:
+        n_resamples (`int`): Resamples.
+        confidence (`float`): Share inside the interval.
+
+    Raises:
+        ValueError: if there are no resamples, or the confidence is not between 0 and 1.
+    """
+    if n_resamples < 1:
+        raise ValueError(f"n_bootstrap={n_resamples} resamples give no interval. Give 1,000 or more.")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence={confidence} is no share between 0 and 1. Give 0.95 for a 95 % interval.")
+
+
 def percentile_interval(values: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
     """The central interval that holds a share of bootstrap values (Efron & Tibshirani, section 13.3).
 
@@ -86,8 +102,7 @@ def percentile_interval(values: np.ndarray, confidence: float = 0.95) -> tuple[f
     Raises:
         ValueError: if the confidence is not between 0 and 1.
     """
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence={confidence} is no share between 0 and 1. Give 0.95 for a 95 % interval.")
+    check_bootstrap(len(values), confidence)
     tail = (1 - confidence) / 2
     low, high = np.quantile(values, [tail, 1 - tail])
     return float(low), float(high)

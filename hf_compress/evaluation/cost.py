@@ -202,7 +202,8 @@ def count_macs(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> int:
 
     Matrix products, convolutions and attention count (half of PyTorch's FLOPs), elementwise operations do not, as is
     usual. Removed heads and neurons are missing from the shapes and so from the count; zeros inside a dense matrix are
-    multiplied like any number, and count. A quantized layer counts like the matrix product it stands for, with the
+    multiplied like any number, and count; sparse kernels count what they multiply, but for CSR, which counts as
+    dense. A quantized layer counts like the matrix product it stands for, with the
     eight columns of padding that `Int8DynamicConfig` adds to each on a CPU.
 
     Args:
@@ -213,10 +214,17 @@ def count_macs(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> int:
         `int`: Multiply-accumulates of the whole batch; the same for eager attention and sdpa.
     """
     counter = FlopCounterMode(display=False, custom_mapping=_flop_formulas())
-    # Outside of inference mode: the counter follows modules by the autograd graph of their inputs, and fails where a
-    # parameter is one (DeBERTa's relative positions) but can have no graph.
-    with inference(model), torch.inference_mode(False), torch.no_grad(), counter:
-        model(**model_inputs(model, batch))
+    # The counter follows modules by the autograd graph of their inputs, and fails where a parameter is one (DeBERTa's
+    # relative positions), which has a graph only while it is asked for gradients.
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        with inference(model), counter:
+            model(**model_inputs(model, batch))
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
     return counter.get_total_flops() // 2
 
 

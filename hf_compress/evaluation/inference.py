@@ -11,8 +11,9 @@ from torch import nn
 
 from hf_compress.modeling.autocast import without_autocast
 from hf_compress.modeling.layouts import LAYOUTS
-from hf_compress.modeling.tasks import IGNORED, forward_columns, task_of, unwrap, without_cache
+from hf_compress.modeling.tasks import CLASSIFICATION, IGNORED, forward_columns, task_of, unwrap, without_cache
 
+_LABELLED = (*CLASSIFICATION, "token-classification")
 _TARGETS = {"labels", "start_positions", "end_positions"}
 
 
@@ -71,7 +72,11 @@ def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     wanted = forward_columns(model)
     if not core.config.is_encoder_decoder or "decoder_input_ids" in batch:
         wanted -= _TARGETS
-    inputs = {name: value.to(core.device) for name, value in batch.items() if name in wanted}
+    inputs = {
+        name: value.to(core.device) if isinstance(value, torch.Tensor) else value
+        for name, value in batch.items()
+        if name in wanted and value is not None
+    }
     if not inputs:
         raise ValueError(
             f"The batch has the columns {sorted(batch)}, of which {type(core).__name__} takes none as input. "
@@ -177,10 +182,14 @@ def batches(
     if len(dataset) == 0:
         raise ValueError("The dataset has no rows, so there is nothing to measure. Give a split that has some.")
     columns = set().union(*(forward_columns(model) for model in models))
-    collate = data_collator or _default_collator(task_of(models[0]), processing_class)
+    task = task_of(models[0])
+    collate = data_collator or _default_collator(task, processing_class)
+    # Only the default may stand for another column: a name that was given must be there. What a language model reads
+    # may have a class beside it.
+    names = ("labels", "label") if label_column == "labels" and task in _LABELLED else (label_column,)
 
     def select_and_collate(rows: list[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        return dict(collate([_select(row, columns, label_column) for row in rows]))
+        return dict(collate([_select(row, columns, names) for row in rows]))
 
     yield from torch.utils.data.DataLoader(dataset, batch_size=batch_size, collate_fn=select_and_collate)
 
@@ -233,15 +242,11 @@ def predict(
     return Predictions(_pad_and_concatenate(logits), _pad_and_concatenate(labels) if labels else None)
 
 
-def _select(row: Mapping[str, Any], columns: set[str], label_column: str) -> dict[str, Any]:
+def _select(row: Mapping[str, Any], columns: set[str], names: Sequence[str]) -> dict[str, Any]:
     selected = {name: value for name, value in row.items() if name in columns and name != "labels"}
-    # Only the default may stand for another column: a name that was given must be there.
-    names = ("labels", "label") if label_column == "labels" else (label_column,)
     source = next((name for name in names if name in row), None)
-    if source is None and label_column != "labels":
-        raise ValueError(
-            f"There is no column {label_column!r}; the columns are {', '.join(row)}. Name the labels' one."
-        )
+    if source is None and "labels" not in names:
+        raise ValueError(f"There is no column {names[0]!r}; the columns are {', '.join(row)}. Name the labels' one.")
     return selected if source is None else {**selected, "labels": row[source]}
 
 

@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 
 from hf_compress.evaluation.inference import inference, model_inputs
-from hf_compress.modeling.tasks import unwrap
+from hf_compress.modeling.tasks import count_rows, unwrap
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def conditions_of(
 
     Args:
         device (`torch.device`): Where the models are.
-        batch (`Mapping[str, torch.Tensor]`): Its first tensor tells the batch size, `input_ids` the length.
+        batch (`Mapping[str, torch.Tensor]`): Its main input tells the batch size, `input_ids` the length.
         n_warmup (`int`): Forwards before the clock starts.
         n_runs (`int`): Forwards on the clock.
 
@@ -139,7 +139,7 @@ def conditions_of(
         device=str(device),
         processor=torch.cuda.get_device_name(device) if is_cuda else cpu,
         threads=torch.get_num_threads(),
-        batch_size=len(next(iter(batch.values()))),
+        batch_size=count_rows(batch),
         sequence_length=batch["input_ids"].shape[1] if "input_ids" in batch else None,
         n_warmup=n_warmup,
         n_runs=n_runs,

@@ -10,7 +10,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from hf_compress.evaluation.bootstrap import Score, bootstrap_scores, percentile_interval, retention_ratio
+from hf_compress.evaluation.bootstrap import (
+    Score,
+    bootstrap_scores,
+    check_bootstrap,
+    percentile_interval,
+    retention_ratio,
+)
 from hf_compress.evaluation.comparison import LANGUAGE_MODELS, Comparison, compare_outputs, concatenate
 from hf_compress.evaluation.inference import batches, inference, task_labels, task_logits
 from hf_compress.evaluation.scores import LOWER_IS_BETTER, score_of, score_rows
@@ -124,6 +130,7 @@ def score_retention(
         ValueError: if the models' tasks, labels or output shapes differ, labels are missing, or the metric does not
             fit the task.
     """
+    check_bootstrap(n_bootstrap, confidence)
     task = shared_task(teacher, model)
     if task == "feature-extraction":
         raise ValueError(
@@ -235,7 +242,10 @@ def retention_from_predictions(
     if metric not in ("pearsonr", "spearmanr", "perplexity") and not are_numbers:
         # Several labels of a row are one decision; words, tokens and ends of answers are one each.
         one = np.all if metric in ("accuracy", *_F1_AVERAGES) else np.ravel
-        same = [np.atleast_1d(one(a == b)) for a, b in zip(_rows(teacher_predictions), rows, strict=True)]
+        same = [
+            np.atleast_1d(one(a == b) if np.shape(a) == np.shape(b) else False)
+            for a, b in zip(_rows(teacher_predictions), rows, strict=True)
+        ]
         agreement = float(np.concatenate(same).mean())
     scores = [score_of(metric, references, decided) for decided in (teacher_predictions, predictions)]
     bootstrap = {"n_bootstrap": n_bootstrap, "confidence": confidence, "seed": seed}
@@ -305,6 +315,7 @@ def _bootstrapped(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Retention:
+    check_bootstrap(n_bootstrap, confidence)
     higher_is_better = metric not in LOWER_IS_BETTER
     teacher, compressed = score_rows(teacher_score, n_rows), score_rows(score, n_rows)
     draws = bootstrap_scores([teacher_score, score], n_rows, n_resamples=n_bootstrap, seed=seed)
@@ -337,5 +348,5 @@ def _bootstrapped(
 
 
 def _rows(predictions: Sequence) -> list:
-    """Predictions that compare element by element: nested lists become arrays."""
-    return [row if isinstance(row, dict) else np.asarray(row) for row in predictions]
+    """Predictions that compare element by element: nested lists become arrays, of an answer its text counts."""
+    return [row.get("prediction_text", row) if isinstance(row, dict) else np.asarray(row) for row in predictions]

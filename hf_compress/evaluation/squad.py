@@ -26,12 +26,12 @@ def exact_match(prediction: str, answers: Sequence[str]) -> float:
 
     Args:
         prediction (`str`): The predicted answer.
-        answers (`Sequence[str]`): The accepted answers, at least one.
+        answers (`Sequence[str]`): The accepted answers; none if the right one is empty, as in SQuAD 2.
 
     Returns:
         `float`: 0 or 1.
     """
-    return float(normalize_answer(prediction) in {normalize_answer(answer) for answer in answers})
+    return float(normalize_answer(prediction) in {normalize_answer(answer) for answer in answers or [""]})
 
 
 def token_f1(prediction: str, answers: Sequence[str]) -> float:
@@ -39,11 +39,13 @@ def token_f1(prediction: str, answers: Sequence[str]) -> float:
 
     Args:
         prediction (`str`): The predicted answer.
-        answers (`Sequence[str]`): The accepted answers, at least one.
+        answers (`Sequence[str]`): The accepted answers; none if the right one is empty, as in SQuAD 2.
 
     Returns:
         `float`: Between 0 and 1.
     """
+    if not answers:
+        return exact_match(prediction, answers)
     return max(_token_f1(normalize_answer(prediction).split(), normalize_answer(a).split()) for a in answers)
 
 

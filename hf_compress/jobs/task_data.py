@@ -142,9 +142,9 @@ class TaskData(NamedTuple):
         missing = [column for column in columns if column not in self.held_out.column_names]
         if missing:
             raise ValueError(
-                f"The split {self.held_out_split!r}, on which max_drop is to be checked, has no column "
-                f"{missing[0]!r}; its columns are {', '.join(self.held_out.column_names)}. Add the column, leave the "
-                "split out, or leave max_drop out."
+                f"The split {self.held_out_split!r}, on which is chosen what to keep in floating point (max_drop) or "
+                f"which steps to propose, has no column {missing[0]!r}; its columns are "
+                f"{', '.join(self.held_out.column_names)}. Add the column, leave the split out, or leave max_drop out."
             )
         if self.task == WORDS and len(self.held_out):
             check_labelled_words(self.held_out, self.held_out_split, self.config)

@@ -186,3 +186,16 @@ def forward_columns(model: nn.Module) -> set[str]:
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     parameters = inspect.signature(unwrap(model).forward).parameters
     return {name for name, parameter in parameters.items() if parameter.kind not in kinds}
+
+
+def count_rows(inputs: Mapping[str, Any]) -> int:
+    """Rows of a batch, told by what models read: positions and the like may be one row for all.
+
+    Args:
+        inputs (`Mapping[str, torch.Tensor]`): Of a forward.
+
+    Returns:
+        `int`: The batch size.
+    """
+    main = ("input_ids", "inputs_embeds", "pixel_values")
+    return len(inputs[next((name for name in main if name in inputs), next(iter(inputs)))])

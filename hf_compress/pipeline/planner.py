@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +42,7 @@ class Sensitivity:
 
     Attributes:
         size (`Size`): Of the model.
-        tokens (`float`): Share of its tokens that the texts use.
+        tokens (`float` or `None`): Share of its tokens that the texts use; none where they cannot be cut.
         pruned (`dict[float, float]`): Share of the metric that is kept, by budget, without a training.
         rounded (`dict[str, float]`): The same by format, `FORMATS`.
         rows (`int`): Rows that it was measured on.
@@ -49,7 +50,7 @@ class Sensitivity:
     """
 
     size: Size
-    tokens: float
+    tokens: float | None
     pruned: dict[float, float]
     rounded: dict[str, float]
     rows: int
@@ -106,14 +107,16 @@ def measure_sensitivity(
         `Sensitivity`: Measured.
 
     Raises:
-        ValueError: if the model's metric is not above 0, so that no share of it can be kept.
+        ValueError: if the model's metric is not above 0, so that no share of it can be kept, or rows do not fit.
     """
+    data.check_held_out(model)
     if data.held_out is None:
         logger.warning("There are no rows beside those measured on, so those of train decide: it may know them.")
     rows = draw(data.train if data.held_out is None else data.held_out, n_rows, seed)
     whole = score(model, tokenizer, data, rows)
     if not whole > 0:
         raise ValueError(f"The model's {data.metric(model)} is {whole:.4g} on {len(rows)} rows: is it fine-tuned?")
+    tokens = _tokens_in_use(model, tokenizer, data.texts)
     batches = calibration(data, n_texts, seed, tokenizer, model)
     config = StructuredPruningConfig(seed=seed)
     found = calibrate(model, config, batches)
@@ -124,10 +127,19 @@ def measure_sensitivity(
         )
     for name, step in tqdm(FORMATS.items(), desc="Rounding"):
         rounded[name] = _kept(score(quantize(model, step.config()), tokenizer, data, rows), whole)
-    _, smaller = prune_vocabulary(model, tokenizer, data.texts)
-    return Sensitivity(
-        size_of(model), len(smaller) / len(tokenizer), pruned, rounded, len(rows), data.held_out is not None
-    )
+    return Sensitivity(size_of(model), tokens, pruned, rounded, len(rows), data.held_out is not None)
+
+
+def _tokens_in_use(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]
+) -> float | None:
+    """The share of its tokens that texts use; `None` where a vocabulary is of a kind that stays as it is."""
+    try:
+        _, smaller = prune_vocabulary(model, tokenizer, texts)
+    except (TypeError, ValueError) as error:
+        logger.info("No vocabulary step is proposed. %s", error)
+        return None
+    return len(smaller) / len(tokenizer)
 
 
 def _possible(model: "PreTrainedModel", batches: list) -> list[float]:
@@ -170,7 +182,7 @@ def propose(
         ValueError: if no steps meet the size; with the smallest that there are.
     """
     found, smallest, least = [], float("inf"), float("inf")
-    for cuts_tokens in (False, True):
+    for cuts_tokens in (False,) if sensitivity.tokens is None else (False, True):
         for budget, kept in sensitivity.pruned.items():
             for name, kept_rounded in sensitivity.rounded.items():
                 steps: list[Step] = [VocabularyStep()] if cuts_tokens else []

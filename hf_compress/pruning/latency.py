@@ -20,7 +20,7 @@ from torch import nn
 
 from hf_compress.modeling.blocks import Block, find_blocks
 from hf_compress.modeling.removal import can_remove
-from hf_compress.modeling.tasks import unwrap, without_cache
+from hf_compress.modeling.tasks import count_rows, unwrap, without_cache
 from hf_compress.pruning.batches import Batch, read_batches
 from hf_compress.pruning.cutting import cut_
 from hf_compress.pruning.sensitivity import frozen
@@ -355,7 +355,7 @@ def _conditions(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
         "processor": torch.cuda.get_device_name(device) if is_cuda else cpu,
         "threads": torch.get_num_threads(),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "batch_size": len(next(iter(inputs.values()))),
+        "batch_size": count_rows(inputs),
         "sequence_length": inputs["input_ids"].shape[1] if "input_ids" in inputs else None,
         "torch_version": str(torch.__version__),
         "transformers_version": transformers.__version__,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hf_compress.modeling.capture import gate_outputs
-from hf_compress.modeling.tasks import CLASSIFICATION, problem_type, task_of, without_cache
+from hf_compress.modeling.tasks import CLASSIFICATION, count_rows, problem_type, task_of, without_cache
 from hf_compress.pruning.batches import Batch, token_mask
 from hf_compress.pruning.units import Site
 
@@ -117,7 +117,7 @@ def measure_sensitivity(
     n_samples = 0
     with frozen(model):
         for batch in batches:
-            n_samples += len(next(iter(batch.values())))
+            n_samples += count_rows(batch)
             _add_batch(model, sites, parts, batch, found, use_labels, n_draws, generator)
             progress()
     for values in (found.fisher, found.taylor, found.metric):
@@ -127,7 +127,7 @@ def measure_sensitivity(
 
 
 def _add_batch(model, sites, parts, batch: Batch, found: Sensitivity, use_labels, n_draws, generator) -> None:
-    n_samples = len(next(iter(batch.values())))
+    n_samples = count_rows(batch)
     gates = {site.name: torch.ones(n_samples, site.n_units, device=model.device, requires_grad=True) for site in sites}
     outputs: dict[str, list[torch.Tensor]] = {part.name: [] for part in parts}
     with ExitStack() as hooks:

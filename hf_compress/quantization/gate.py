@@ -96,10 +96,11 @@ def find_exclusions(
     Raises:
         ValueError: if the score does not hold with one module quantized alone.
     """
-    dense = gate.score(copy.deepcopy(model))
+    # A model that was just trained would be scored with its dropout.
+    dense = gate.score(copy.deepcopy(model).eval())
 
     def drop(excluded: Sequence[str]) -> float:
-        trial = copy.deepcopy(model)
+        trial = copy.deepcopy(model).eval()
         convert_(trial, exclude(config, excluded))
         return dense - gate.score(trial)
 

@@ -78,7 +78,8 @@ def quantize_(
         model (`nn.Module`): A Transformers model of a known architecture, in floating point.
         config (`Int8DynamicConfig`): The number format.
         data (`Iterable[Mapping[str, torch.Tensor]]`, *optional*): Batches of inputs without labels.
-        evaluate (`Callable[[nn.Module], float]`, *optional*): From a model to its score. It is called with copies.
+        evaluate (`Callable[[nn.Module], float]`, *optional*): From a model to its score. It is called with copies, in
+            evaluation mode.
         max_drop (`float`, *optional*, defaults to 0.01): How much of the score may be lost.
 
     Raises:

@@ -71,6 +71,15 @@ def test_macs_agree_between_attentions(model_type):
     assert counted.pop() > 0
 
 
+def test_parameters_that_modules_read_as_inputs():
+    model = tiny_model("deberta-v2", "DebertaV2ForSequenceClassification", norm_rel_ebd="none")
+    normed = tiny_model("deberta-v2", "DebertaV2ForSequenceClassification")
+    model.deberta.embeddings.requires_grad_(False)
+    trained = [parameter.requires_grad for parameter in model.parameters()]
+    assert count_macs(model, tiny_batch(model)) == count_macs(normed, tiny_batch(normed))
+    assert [parameter.requires_grad for parameter in model.parameters()] == trained
+
+
 def test_macs_of_an_int8_product_equal_those_of_a_float_one(make_bert):
     class Int8Linear(nn.Linear):
         def forward(self, inputs):

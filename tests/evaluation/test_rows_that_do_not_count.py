@@ -126,3 +126,45 @@ def test_agreement_is_of_whole_rows_and_not_of_numbers():
         return float(-np.abs(np.asarray(predictions) - np.asarray(references)).mean())
 
     assert retention_from_predictions(numbers, numbers + 1e-4, numbers + 1, metric=error).agreement is None
+
+
+def test_a_class_beside_a_text_is_no_token():
+    model = tiny_model("gpt2", "GPT2LMHeadModel")
+    rows = [{"input_ids": [3, 5, 7, 9 + i], "attention_mask": [1] * 4} for i in range(4)]
+    found = [
+        hc.score_retention(model, model, some, metric="perplexity", n_bootstrap=10)
+        for some in (rows, [row | {"label": 1} for row in rows])
+    ]
+    assert found[0] == found[1]
+
+
+def test_answers_of_other_lengths_or_with_more_to_say():
+    tokens = [[1, 2, 3], [4, 5, 6]]
+    found = retention_from_predictions(tokens, tokens, [[1, 2], [4, 5, 6]], metric="exact_match", n_bootstrap=10)
+    assert (found.compressed, found.agreement) == (0.5, pytest.approx(3 / 4))
+    answers = [[{"id": "0", "prediction_text": "x", "no_answer_probability": p}] for p in (0.1, 0.2)]
+    reference = [{"id": "0", "answers": {"text": ["x"]}}]
+    assert retention_from_predictions(reference, *answers, metric="squad_f1", n_bootstrap=10).agreement == 1
+
+
+@pytest.mark.parametrize(("text", "expected"), [("", 100), ("the", 100), ("film", 0)])
+@pytest.mark.parametrize("metric", ["squad_f1", "squad_exact_match"])
+def test_questions_without_an_answer(metric, text, expected):
+    given = [{"id": "0", "prediction_text": text}]
+    reference = [{"id": "0", "answers": {"text": []}}]
+    assert retention_from_predictions(reference, given, given, metric=metric, n_bootstrap=10).compressed == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"), [({"n_bootstrap": 0}, "^n_bootstrap=0 "), ({"confidence": 95}, "^confidence=95 ")]
+)
+def test_intervals_that_cannot_be_had_are_refused_before_anything_is_run(settings, message):
+    with pytest.raises(ValueError, match=message):
+        hc.score_retention(None, None, [], **settings)
+
+
+def test_rows_are_told_by_what_is_read():
+    model = tiny_model("bert", "BertForSequenceClassification").eval()
+    read = tiny_batch(model)
+    batch = {"position_ids": torch.arange(read["input_ids"].shape[1])[None], **read, "token_type_ids": None}
+    assert hc.compare_latency({"one": model}, batch, n_runs=1).conditions.batch_size == len(batch["input_ids"])

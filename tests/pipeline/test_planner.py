@@ -4,7 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from hf_compress.cli.main import main
 from hf_compress.evaluation.cost import saved_bytes
@@ -144,6 +146,28 @@ def test_the_command_writes_a_recipe_that_runs(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(main_of)
     assert "--overwrite" in capsys.readouterr().err
+
+
+def test_a_vocabulary_that_cannot_be_cut_is_left_alone(tmp_path):
+    recipe = tiny_recipe(tmp_path)
+    compress(tiny_recipe(tmp_path, steps=recipe.steps[:1]), tmp_path / "teacher")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "teacher" / "01-finetune")
+    words = WordLevel(tiny_tokenizer().get_vocab(), unk_token="[UNK]")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), pad_token="[PAD]", unk_token="[UNK]")
+    found = measure_sensitivity(model, tokenizer, read_task(recipe.data, 0), n_texts=16, n_rows=20)
+    assert found.tokens is None
+    assert all("vocabulary" not in keys(one) for one in propose(found, None, 0.1))
+
+
+def test_rows_to_choose_on_are_checked_by_their_own_name(tmp_path):
+    recipe = tiny_recipe(tmp_path)
+    compress(tiny_recipe(tmp_path, steps=recipe.steps[:1]), tmp_path / "teacher")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "teacher" / "01-finetune")
+    data = read_task(recipe.data, 0)
+    other = data.test.map(lambda row: {"label": "unheard of"})
+    data = data._replace(held_out=other, held_out_split="validation")
+    with pytest.raises(ValueError, match="of the split 'validation'"):
+        measure_sensitivity(model, tiny_tokenizer(), data, n_texts=16, n_rows=20)
 
 
 def test_nothing_is_chosen_on_the_rows_that_are_measured_on(tmp_path, monkeypatch):

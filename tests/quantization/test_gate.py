@@ -119,3 +119,10 @@ def test_a_drop_of_exactly_what_is_allowed_is_allowed(model):
         model, Int8DynamicConfig(), evaluate=lambda model: 0.89 if packed_names(model) else 0.9, max_drop=0.01
     )
     assert packed_names(quantized) == set(choose_modules(model))
+
+
+def test_models_are_scored_without_their_dropout(model):
+    modes = []
+    quantize(model.train(), Int8DynamicConfig(), evaluate=lambda one: modes.append(one.training) or 0.5)
+    assert modes == [False, False]
+    assert model.training

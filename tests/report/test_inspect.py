@@ -15,6 +15,7 @@ from hf_compress.checkpoint.config import CompressionConfig
 from hf_compress.checkpoint.packed_modules import read_formats
 from hf_compress.checkpoint.sparse import sparse_names
 from hf_compress.cli.inspect import inspect as inspect_command
+from hf_compress.cli.inspect import show_checkpoint
 from hf_compress.evaluation.cost import count_parameters, saved_bytes
 from hf_compress.jobs import stages
 from hf_compress.modeling.blocks import count_layers, find_blocks, find_stacks, token_embeddings
@@ -152,11 +153,13 @@ def test_a_smaller_vocabulary(tmp_path):
         ),
         ("BertForSequenceClassification", {"num_labels": 1}, "sequence-classification", "regression", None),
         ("BertForTokenClassification", {"id2label": {0: "O", 1: "B"}}, "token-classification", None, ["O", "B"]),
+        ("BertForTokenClassification", {"id2label": {0: 0, 1: 1}}, "token-classification", None, [0, 1]),
     ],
 )
 def test_tasks_and_labels(class_name, settings, task, kind, labels, tmp_path):
     content = inspect_checkpoint(saved(tiny_model("bert", class_name, **settings), tmp_path))
     assert (content["task"], content["problem_type"], content["labels"]) == (task, kind, labels)
+    show_checkpoint(content)
 
 
 def test_a_head_that_is_not_stored_is_told(tmp_path):
