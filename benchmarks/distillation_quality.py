@@ -22,8 +22,8 @@ the noisy copies were chosen on held-out rows of MRPC, TREC and WNUT-17, one see
 against the copies and its divergence from the teacher for them; rows and epochs by what two CPU cores can do. Test
 figures of earlier recipes (WNUT-17, two students without copies) had been seen by then. STS-B's teacher got a higher
 rate and more epochs after a student without distillation had come level with a first one; TREC got three times and
-WNUT-17 twice as many steps, and SST-2 four times as many rows, each read once and as it is, after first runs whose test
-figures are in the benchmarks' README.
+WNUT-17 twice as many steps, and SST-2 four times as many rows, each read once and as it is, after first runs whose
+test figures are in the benchmarks' README.
 
 Students are saved, reloaded and measured on the test rows in bf16 autocast. Each cell is stored when it is done: the
 same command continues, and several processes may work on different --tasks or --kinds at once. `--tasks` without names
