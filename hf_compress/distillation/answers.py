@@ -16,6 +16,7 @@ from hf_compress.distillation.cache_keys import KEY_BYTES, example_keys
 from hf_compress.distillation.objective import (
     LANGUAGE_MODELS,
     OWN,
+    POSITIONS,
     attention_mask,
     decoder_mask,
     embed,
@@ -161,8 +162,9 @@ class Answers:
         return total
 
     def _batch(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        known = set(self.settings.columns) | LABELS
-        kept = [{n: value for n, value in row.items() if n in known or n.startswith(OWN)} for row in rows]
+        columns = set(self.settings.columns)
+        known = columns | LABELS | {POSITIONS} | {OWN + name for name in columns}
+        kept = [{name: value for name, value in row.items() if name in known} for row in rows]
         return dict(self._collate(kept))
 
     @torch.no_grad()

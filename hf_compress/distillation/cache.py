@@ -217,8 +217,8 @@ class TeacherCache:
             raise ValueError(
                 f"{missing} of {len(keys)} examples of a batch are not in the cache {self.folder} ({len(self)} "
                 "examples): it was built from other rows, with another tokenizer or maximal length, or the collator "
-                "masks or changes texts at random. Build the cache from the rows that are trained on, prepared once "
-                "and for all, or train without it."
+                "adds columns or changes texts at random. Build the cache with the collator and the rows of the "
+                "training, prepared once and for all, or train without it."
             ) from None
         masks = answer_masks(self.settings, batch)
         return {f"cached_{name}": self._gather(name, places, mask) for name, mask in masks.items()}

@@ -19,6 +19,12 @@ _UNIMPORTANT = frozenset({
     "id2label", "label2id",
 })  # fmt: skip
 
+# What says how an adapter was trained and loaded; its weights count by themselves.
+_UNIMPORTANT_OF_ADAPTERS = frozenset({
+    "inference_mode", "base_model_name_or_path", "revision", "peft_version", "auto_mapping", "modules_to_save",
+    "init_lora_weights", "lora_dropout",
+})  # fmt: skip
+
 
 def example_keys(columns: Mapping[str, torch.Tensor], masks: Mapping[str, torch.Tensor]) -> list[bytes]:
     """One hash per row of a batch, over the names and the unpadded values of its columns.
@@ -64,7 +70,10 @@ def fingerprint(model: nn.Module) -> str:
     Returns:
         `str`: 32 hexadecimal digits.
     """
-    adapters = {name: adapter.to_dict() for name, adapter in getattr(model, "peft_config", {}).items()}
+    adapters = {
+        name: {key: value for key, value in adapter.to_dict().items() if key not in _UNIMPORTANT_OF_ADAPTERS}
+        for name, adapter in getattr(model, "peft_config", {}).items()
+    }
     in_use = _adapters_in_use(model) if adapters else []
     model = unwrap(model)
     config = {name: value for name, value in model.config.to_dict().items() if name not in _UNIMPORTANT}

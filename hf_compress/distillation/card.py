@@ -64,7 +64,7 @@ class CardMixin:
             return
         path = Path(self.args.output_dir) / "README.md"
         old = ModelCard.load(path, ignore_metadata_errors=True).data if path.exists() else None
-        if old is not None and old.get("library_name") == "peft":
+        if hasattr(self.model, "peft_config") or (old is not None and old.get("library_name") == "peft"):
             super().create_model_card(
                 language, license, tags, model_name, finetuned_from, tasks, dataset_tags, dataset, dataset_args
             )

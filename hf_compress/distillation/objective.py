@@ -320,6 +320,16 @@ def soft_loss(
     return formulas[divergence](student.logits, teacher_logits, temperature, **options)
 
 
+def fits(problem: str, divergence: str) -> bool:
+    """Whether outputs can be compared as asked.
+
+    Args:
+        problem (`str`): As for `soft_loss`.
+        divergence (`str`): How they are to be compared.
+    """
+    return divergence == "auto" or divergence in _DIVERGENCES[problem]
+
+
 def check_divergence(problem: str, divergence: str) -> None:
     """Raises if outputs cannot be compared as asked.
 
@@ -330,7 +340,7 @@ def check_divergence(problem: str, divergence: str) -> None:
     Raises:
         ValueError: with what fits.
     """
-    if divergence != "auto" and divergence not in _DIVERGENCES[problem]:
+    if not fits(problem, divergence):
         raise ValueError(
             f"divergence={divergence!r} does not fit this model ({problem}): give one of "
             f"{', '.join(_DIVERGENCES[problem])}."

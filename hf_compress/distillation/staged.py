@@ -1,16 +1,24 @@
 """Where a training stands in its stages, and the hooks that the current one needs."""
 
 import logging
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
+from torch.utils.data import DataLoader
+from transformers import TrainingArguments
+from transformers.trainer_utils import has_length
 
 from hf_compress.distillation.curriculum import Stage, check_batch_size, locate, stage_lengths
+from hf_compress.distillation.inner_terms import InnerTerm
 from hf_compress.distillation.layer_map import describe
-from hf_compress.distillation.objective import check_divergence
+from hf_compress.distillation.objective import check_divergence, fits
 from hf_compress.distillation.signals import Probe
 from hf_compress.distillation.teachers import Teacher
 from hf_compress.modeling.tasks import CLASSIFICATION, problem_type, unwrap
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +43,9 @@ class StageMixin:
 
     def _enter_stage(self) -> None:
         """Hangs the hooks of the current stage, where another one's hang."""
+        if self._probe is not None:
+            # What an evaluation left is of other texts.
+            self._probe.take()
         index = self._place()[0]
         if self._watched == index:
             return
@@ -57,9 +68,15 @@ class StageMixin:
             self._probe.close()
         self._probe, self._watched = None, None
 
-    def set_initial_training_values(self, *args: Any, **kwargs: Any):
+    def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader):
         """Also settles which steps each stage lasts; see `Trainer.set_initial_training_values`."""
-        values = super().set_initial_training_values(*args, **kwargs)
+        values = super().set_initial_training_values(args, dataloader)
+        epochs = [stage.config.epochs for stage in self.stages]
+        if not has_length(dataloader) and any(epochs):
+            raise ValueError(
+                f"The stages last {epochs} epochs, and how many steps an epoch of a stream has is not known: give "
+                "steps."
+            )
         self._lengths = stage_lengths(self.stages, max_steps=values[-1], steps_per_epoch=values[1])
         for number, (stage, length) in enumerate(zip(self.stages, self._lengths, strict=True), start=1):
             for term in stage.terms:
@@ -88,10 +105,31 @@ class StageMixin:
                 f"label_smoothing_factor={self.args.label_smoothing_factor} spreads one label over all classes, which "
                 f"does not fit this model ({kind}): set it to 0."
             )
+        config = unwrap(self.model).config
+        may_be_multi_label = kind is not None and config.problem_type is None and config.num_labels > 1
+        check_layers_stay(config, [term for stage in self.stages for term in stage.terms])
         for stage in self.stages:
             check_batch_size(stage.terms, self.args.train_batch_size)
             for number, teacher in enumerate(self.teachers):
                 own = (term for term in stage.terms if term.config.teacher == number)
                 teacher.check_signals({name for term in own for name in term.teacher_signals()})
-            if self.task not in CLASSIFICATION:
+            if not (may_be_multi_label and fits("multi_label_classification", stage.divergence)):
                 check_divergence(self._problem_type(None), stage.divergence)
+
+
+def check_layers_stay(config: "PreTrainedConfig", terms: Sequence[InnerTerm]) -> None:
+    """Raises if layers that terms read are left out at random while the student trains.
+
+    Args:
+        config (`PreTrainedConfig`): The student's.
+        terms (sequence of `InnerTerm`): Terms inside the models.
+
+    Raises:
+        ValueError: with the key to set.
+    """
+    for key, value in config.to_dict().items():
+        if terms and key.endswith("layerdrop") and value:
+            raise ValueError(
+                f"{key}={value} leaves out layers of the student at random, and {terms[0].name} reads their hidden "
+                f"states: load the student with {key}=0."
+            )

@@ -1,18 +1,19 @@
 """Checks of the teachers before training: whether they fit, say numbers, and are worth learning from."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from hf_compress.distillation.arguments import DistillationArguments
 from hf_compress.distillation.objective import Items, items_of
 from hf_compress.distillation.teachers import Teacher, check_vocabulary
+from hf_compress.distillation.tokenizers import TeacherCollator
 from hf_compress.modeling.tasks import CLASSIFICATION, IGNORED
 
 logger = logging.getLogger(__name__)
@@ -112,6 +113,19 @@ def _compare_with_majority(parts: list[tuple[torch.Tensor, torch.Tensor]], name:
         )
 
 
+def rows_to_look_at(train_dataset: Any, eval_dataset: Any, has_caches: bool, number: int) -> list[dict[str, Any]]:
+    """Rows on which the teachers are looked at: of the evaluation where they can be asked about it.
+
+    Args:
+        train_dataset (`Dataset` or any other, or `None`): The training data.
+        eval_dataset (`Dataset` or any other, or `None`): The evaluation data.
+        has_caches (`bool`): Whether answers are cached, which are those to the training data alone.
+        number (`int`): How many rows at most.
+    """
+    is_alone = has_caches or "teacher_input_ids" in columns_of(train_dataset)
+    return spread_rows(eval_dataset if isinstance(eval_dataset, Dataset) and not is_alone else train_dataset, number)
+
+
 def check_teachers(teacher: Any, args: DistillationArguments) -> list[nn.Module]:
     """The teachers as a list.
 
@@ -142,7 +156,30 @@ def check_teachers(teacher: Any, args: DistillationArguments) -> list[nn.Module]
     return models
 
 
-def check_data(dataset: Any, teachers: Sequence[nn.Module], student: nn.Module, tokenizers: Sequence[Any]) -> None:
+def columns_of(dataset: Any) -> Collection[str]:
+    """Names of a data set's columns.
+
+    Args:
+        dataset (`Dataset` or any other, or `None`): The data.
+
+    Returns:
+        `Collection[str]`: Of its first row, where it does not say; none of them where a row cannot be had unasked.
+    """
+    names = getattr(dataset, "column_names", None)
+    if names:
+        return names
+    if isinstance(dataset, IterableDataset):
+        # After a `map`; it begins anew for the training.
+        first = next(iter(dataset), None)
+    else:
+        has_rows = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and len(dataset)
+        first = dataset[0] if has_rows else None
+    return first if isinstance(first, Mapping) else ()
+
+
+def check_data(
+    dataset: Any, teachers: Sequence[nn.Module], student: nn.Module, tokenizers: Sequence[Any], collator: Any = None
+) -> None:
     """Raises if a data set has no rows, or student and teachers cannot read the same ids and have no own ones.
 
     Args:
@@ -150,14 +187,15 @@ def check_data(dataset: Any, teachers: Sequence[nn.Module], student: nn.Module, 
         teachers (sequence of `nn.Module`): The teachers.
         student (`nn.Module`): The student.
         tokenizers (sequence): The student's and the teachers', `None` where one is not known.
+        collator (`Callable`, *optional*): Makes batches of the data; a `TeacherCollator` says that there are such ids.
 
     Raises:
         ValueError: with what is wrong.
     """
     if isinstance(dataset, Dataset) and len(dataset) == 0:
         raise ValueError("The training data have 0 rows, from which nothing can be learned: give data with rows.")
-    columns = getattr(dataset, "column_names", None) or ()
-    if "teacher_input_ids" in columns:
+    columns = columns_of(dataset)
+    if "teacher_input_ids" in columns or (not columns and isinstance(collator, TeacherCollator)):
         if len(teachers) > 1:
             raise ValueError(
                 f"The data have teacher_input_ids, which all {len(teachers)} teachers would read, whatever their "

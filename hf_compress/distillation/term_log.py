@@ -50,9 +50,9 @@ class TermLog:
             answers (`Signals`): A teacher's outputs by name.
         """
         for value in answers.values():
-            if isinstance(value, torch.Tensor) and value.is_floating_point():
-                # One sum is cheaper than a test of every number, and is NaN or infinite where one of them is.
-                finite = value.sum(dtype=torch.float32).isfinite()
+            if isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel():
+                # Two extremes are cheaper than a test of every number, and NaN where one of them is.
+                finite = torch.stack(value.aminmax()).isfinite().all()
                 self._is_finite = finite if self._is_finite is None else self._is_finite & finite
 
     def raise_if_not_finite(self) -> None:
@@ -111,7 +111,9 @@ def gradient_shares(terms: Mapping[str, torch.Tensor], parameters: list[torch.Te
     """
     norms = {}
     for name, term in terms.items():
-        gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
+        # Of what lies before all that is trained, there is none.
+        has_graph = term.requires_grad
+        gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True) if has_graph else ()
         squares = [gradient.float().square().sum() for gradient in gradients if gradient is not None]
         norms[name] = torch.stack(squares).sum().sqrt() if squares else torch.zeros((), device=term.device)
     total = sum(norms.values()).clamp(min=torch.finfo(torch.float32).tiny)

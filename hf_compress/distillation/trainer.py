@@ -5,7 +5,6 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -21,7 +20,6 @@ from hf_compress.distillation.efficiency import check_embeddings, plain_attentio
 from hf_compress.distillation.inner_terms import Masks, check_tokens, compute_term, embedding_width, make_projections
 from hf_compress.distillation.objective import (
     LANGUAGE_MODELS,
-    OWN,
     Items,
     attention_mask,
     decoder_mask,
@@ -35,7 +33,7 @@ from hf_compress.distillation.placement import check_whole, place_teacher
 from hf_compress.distillation.processes import ProcessesMixin, check_batches
 from hf_compress.distillation.signals import Signals
 from hf_compress.distillation.staged import StageMixin
-from hf_compress.distillation.teacher_check import check_data, check_teachers, look_at_teachers, spread_rows
+from hf_compress.distillation.teacher_check import check_data, check_teachers, look_at_teachers, rows_to_look_at
 from hf_compress.distillation.teachers import Teacher, check_pair, own_columns
 from hf_compress.distillation.term_log import TermLog, gradient_shares
 from hf_compress.distillation.trained_projections import ProjectionMixin
@@ -99,7 +97,7 @@ class DistillationTrainer(StageMixin, ProcessesMixin, ProjectionMixin, CardMixin
         self.task = [check_pair(self.model, one) for one in models][0]
         caches = check_caches(teacher_cache, models, self.model, args)
         tokenizers = (self.processing_class, teacher_processing_class)
-        check_data(self.train_dataset, models, self.model, tokenizers)
+        check_data(self.train_dataset, models, self.model, tokenizers, self.data_collator)
         self.teachers = [
             Teacher(self._place_teacher(one, cache), self.model, self.label_names, cache, cache_prefix(number))
             for number, (one, cache) in enumerate(zip(models, caches, strict=True))
@@ -182,7 +180,8 @@ class DistillationTrainer(StageMixin, ProcessesMixin, ProjectionMixin, CardMixin
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             # Data-parallel training averages gradients over processes, but the terms were divided by all their items.
             terms = {name: term * self.args.world_size for name, term in terms.items()}
-        self._log.add(terms, counts["items"], self.accelerator.sync_gradients)
+        counted = "labelled" if set(terms) == {TASK} else "items"
+        self._log.add(terms, counts[counted], self.accelerator.sync_gradients)
         weighted = {name: weights[name] * term for name, term in terms.items()}
         # At the end of a schedule nothing may count: a step of gradients that are 0.
         loss = sum(weighted.values()) if weighted else 0.0 * next(iter(outputs.values())).sum()
@@ -198,9 +197,8 @@ class DistillationTrainer(StageMixin, ProcessesMixin, ProjectionMixin, CardMixin
         if self._is_chunked and not self._head_is_checked:
             with self.accelerator.autocast():
                 for one in (self.model, *(teacher.model for teacher in self.teachers if teacher.cache is None)):
-                    check_head(
-                        one, {name: value[:1] for name, value in unlabelled.items() if name in forward_columns(one)}
-                    )
+                    first = {name: value[:1] for name, value in unlabelled.items() if name in forward_columns(one)}
+                    check_head(one, first)
             self._head_is_checked = True
         with bypassed_head(self.model if self._is_chunked else None):
             return model(**unlabelled, return_dict=True)
@@ -368,11 +366,9 @@ class DistillationTrainer(StageMixin, ProcessesMixin, ProjectionMixin, CardMixin
 
     def _look_at_teachers(self) -> None:
         caches = [teacher.cache for teacher in self.teachers if teacher.cache is not None]
-        # Cached are the answers to the training data alone.
-        has_own_inputs = f"{OWN}input_ids" in (getattr(self.train_dataset, "column_names", None) or ())
-        is_usable = isinstance(self.eval_dataset, Dataset) and not caches and not has_own_inputs
-        rows = spread_rows(self.eval_dataset if is_usable else self.train_dataset, self.args.teacher_check_rows)
-        if rows and any(stage.needs_teacher for stage in self.stages):
+        number = 0 if not any(stage.needs_teacher for stage in self.stages) else self.args.teacher_check_rows
+        rows = rows_to_look_at(self.train_dataset, self.eval_dataset, bool(caches), number)
+        if rows:
             collate = self._get_collator_with_removed_columns(self.data_collator, description="teacher check")
             collate = CachedCollator(collate, caches) if caches else collate
             look_at_teachers(
