@@ -382,5 +382,7 @@ def test_a_changed_model_is_not_continued(tmp_path):
     quantize_classifier(job, {"int8": CONFIGS["int8"]})
     (tmp_path / "run" / "report.json").unlink()
     make_inputs(tmp_path, model={**MODEL, "layers": 1})
-    with pytest.raises(ValueError, match="contents, or the version of the library, are others"):
+    with pytest.raises(
+        ValueError, match=r"other settings \(the model's or the data's contents are others\)[.] Repeat"
+    ):
         quantize_classifier(job, {"int8": CONFIGS["int8"]})
