@@ -122,8 +122,9 @@ def rows_to_look_at(train_dataset: Any, eval_dataset: Any, has_caches: bool, num
         has_caches (`bool`): Whether answers are cached, which are those to the training data alone.
         number (`int`): How many rows at most.
     """
-    is_alone = has_caches or "teacher_input_ids" in columns_of(train_dataset)
-    return spread_rows(eval_dataset if isinstance(eval_dataset, Dataset) and not is_alone else train_dataset, number)
+    is_usable = isinstance(eval_dataset, Dataset) and not has_caches
+    is_usable = is_usable and "teacher_input_ids" not in columns_of(train_dataset)
+    return spread_rows(eval_dataset if is_usable else train_dataset, number)
 
 
 def check_teachers(teacher: Any, args: DistillationArguments) -> list[nn.Module]:

@@ -366,7 +366,7 @@ class DistillationTrainer(StageMixin, ProcessesMixin, ProjectionMixin, CardMixin
 
     def _look_at_teachers(self) -> None:
         caches = [teacher.cache for teacher in self.teachers if teacher.cache is not None]
-        number = 0 if not any(stage.needs_teacher for stage in self.stages) else self.args.teacher_check_rows
+        number = self.args.teacher_check_rows if any(stage.needs_teacher for stage in self.stages) else 0
         rows = rows_to_look_at(self.train_dataset, self.eval_dataset, bool(caches), number)
         if rows:
             collate = self._get_collator_with_removed_columns(self.data_collator, description="teacher check")

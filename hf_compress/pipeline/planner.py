@@ -137,7 +137,7 @@ def _tokens_in_use(
     try:
         _, smaller = prune_vocabulary(model, tokenizer, texts)
     except (TypeError, ValueError) as error:
-        logger.info("No vocabulary step is proposed. %s", error)
+        logger.warning("No vocabulary step is proposed. %s", error)
         return None
     return len(smaller) / len(tokenizer)
 
