@@ -168,18 +168,18 @@ class Bench:
                     found = predict(model, rows, processing_class=self.tokenizer)
                 cell[split] = TASKS[task].score(found, rows)
             write(file, cell)
-            if name != "teacher":
+            if not name.startswith("teacher"):
                 shutil.rmtree(folder)
         cell = read(file, settings)
         shown = {key: round(value, 4) for key, value in cell.items() if key != "settings"}
         print(f"{time.strftime('%H:%M:%S')} {task:8} {name:24} {shown}", flush=True)
         return cell
 
-    def teacher(self, name: str) -> dict[str, float]:
+    def teacher(self, name: str, seed: int = 0) -> dict[str, float]:
         plan, task = PLANS[name], TASKS[name]
 
         def make(work: Path) -> Trainer:
-            transformers.set_seed(0)
+            transformers.set_seed(seed)
             arguments = TrainingArguments(
                 **COMMON,
                 output_dir=str(work),
@@ -188,7 +188,7 @@ class Bench:
                 per_device_train_batch_size=plan.teacher_batch,
                 save_steps=0.25,
                 save_total_limit=1,
-                seed=0,
+                seed=seed,
             )
             return Trainer(
                 model=self.load(task, self.base, dropout=0.1, **task.head),
@@ -199,7 +199,7 @@ class Bench:
             )
 
         settings = {key: value for key, value in asdict(plan).items() if key.startswith("teacher")}
-        return self.cell(name, "teacher", settings, make)
+        return self.cell(name, teacher_name(seed), settings, make)
 
     def noisy_rows(self, name: str) -> Dataset:
         """As many copies as there are epochs, so that each text is read once as it is and else with noise."""
@@ -324,6 +324,11 @@ class Bench:
 def rates_of(plan: Plan, kind: str) -> tuple[float, ...]:
     """The learning rates that a kind of student chooses from."""
     return getattr(plan, kind) or plan.plain
+
+
+def teacher_name(seed: int) -> str:
+    """The name of a teacher's cell and folder; students learn from the first."""
+    return f"teacher-{seed}" if seed else "teacher"
 
 
 def student_name(kind: str, depth: int, rate: float, seed: int) -> str:

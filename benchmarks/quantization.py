@@ -4,9 +4,9 @@
     PYTHONPATH=/tmp/torchao python benchmarks/quantization.py --data ../shared/data   # with torchao there
 
 Teachers are those of `distillation_quality.py` (packaged MiniLM, 6 layers, fine-tuned), trained first where they are
-not there; each is one model, whose seed is not varied. Formats that draw nothing are deterministic and measured once.
-Those with ranges from data ("static") and pruned models draw 512 texts of the training rows, without labels, as in
-`structured_pruning.py`: one cell for each of three seeds.
+not there. Each of three seeds is another teacher, which its quantized models are compared with. For formats with
+ranges from data ("static") and for pruned models it also draws 512 texts of the training rows, without labels, as in
+`structured_pruning.py`.
 
 A model is saved, loaded by plain `from_pretrained` and then measured on the test rows (SST-2: validation and test), in
 float32 and not in autocast; bf16 computes in bf16. Bytes are those of model.safetensors, beside the float32 model: of
@@ -104,7 +104,7 @@ class QuantizationBench(PruningBench):
 
     def __init__(self, options: argparse.Namespace) -> None:
         super().__init__(options)
-        self.references: dict[str, Predictions] = {}
+        self.references: dict[tuple[str, int], Predictions] = {}
 
     def outputs(self, task: str, model: PreTrainedModel) -> Predictions:
         """What a model says of the test rows, without autocast."""
@@ -115,10 +115,10 @@ class QuantizationBench(PruningBench):
             data_collator=self.teachers.collator(TASKS[task]),
         )
 
-    def reference(self, task: str) -> Predictions:
-        if task not in self.references:
-            self.references[task] = self.outputs(task, self.teacher(task))
-        return self.references[task]
+    def reference(self, task: str, seed: int) -> Predictions:
+        if (task, seed) not in self.references:
+            self.references[task, seed] = self.outputs(task, self.teacher(task, seed))
+        return self.references[task, seed]
 
     def pruned(self, task: str, seed: int) -> PreTrainedModel:
         """The model at a third of its multiply-accumulates, saved and reloaded; made once for all formats."""
@@ -127,14 +127,14 @@ class QuantizationBench(PruningBench):
             config = hc.StructuredPruningConfig(budget=BUDGET, seed=seed)
             partial = folder.with_suffix(".partial")
             shutil.rmtree(partial, ignore_errors=True)
-            hc.prune(self.teacher(task), config, self.texts(task, seed)).save_pretrained(partial)
+            hc.prune(self.teacher(task, seed), config, self.texts(task, seed)).save_pretrained(partial)
             partial.rename(folder)
         return self.teachers.load(TASKS[task], folder)
 
     def made(self, task: str, name: str, seed: int) -> PreTrainedModel:
         """One of our own models, in memory."""
         kind = FORMATS[name]
-        model = self.pruned(task, seed) if kind.is_pruned else self.teacher(task)
+        model = self.pruned(task, seed) if kind.is_pruned else self.teacher(task, seed)
         if kind.config is None:
             return model
         return hc.quantize(model, kind.config, self.texts(task, seed) if kind.is_calibrated else None)
@@ -145,14 +145,14 @@ class QuantizationBench(PruningBench):
         model.save_pretrained(folder)
         return folder
 
-    def reloaded(self, task: str, model: PreTrainedModel) -> dict[str, Any]:
+    def reloaded(self, task: str, model: PreTrainedModel, seed: int) -> dict[str, Any]:
         """Figures of a model that was saved and loaded again."""
         folder = self.saved(model)
-        disk = disk_figures(self.teachers.folder / f"{task}-teacher", folder)
-        return self.figures(task, self.teachers.load(TASKS[task], folder)) | {"disk": disk}
+        disk = disk_figures(self.teacher_folder(task, seed), folder)
+        return self.figures(task, self.teachers.load(TASKS[task], folder), seed) | {"disk": disk}
 
-    def figures(self, task: str, model: PreTrainedModel) -> dict[str, Any]:
-        found, reference = self.outputs(task, model), self.reference(task)
+    def figures(self, task: str, model: PreTrainedModel, seed: int) -> dict[str, Any]:
+        found, reference = self.outputs(task, model), self.reference(task, seed)
         score = TASKS[task].score(found, self.teachers.prepared(task)["test"])
         return {"score": score, "rows": len(found.logits)} | closeness(reference, found)
 
@@ -164,14 +164,14 @@ class QuantizationBench(PruningBench):
         file = self.file(task, name, seed)
         if not file.exists():
             # What all cells need has to work, before an error counts as that of a baseline.
-            self.reference(task)
+            self.reference(task, seed)
             if name in BASELINES:
                 try:
-                    cell = BASELINES[name](self, task)
+                    cell = BASELINES[name](self, task, seed)
                 except Exception as error:
                     cell = {"error": f"{type(error).__name__}: {error}"}
             else:
-                cell = self.reloaded(task, self.made(task, name, seed))
+                cell = self.reloaded(task, self.made(task, name, seed), seed)
             write(file, cell)
         cell = json.loads(file.read_text())
         shown = cell.get("error") or f"{100 * cell['score']:.2f}, error of logits {cell['logit_error']:.4f}"
@@ -179,14 +179,10 @@ class QuantizationBench(PruningBench):
         return cell
 
     def stored(self, task: str, name: str, seeds: int) -> list[dict[str, Any]]:
-        files = [self.file(task, name, seed) for seed in seeds_of(name, seeds)]
-        return [json.loads(file.read_text()) for file in files if file.exists()]
-
-
-def seeds_of(name: str, seeds: int) -> range:
-    """The seeds that make a difference: where texts are drawn."""
-    kind = FORMATS.get(name, Format())
-    return range(seeds if kind.is_pruned or kind.is_calibrated else 1)
+        """The cells that there are, each with the score of the float32 model of its seed."""
+        files = [[self.file(task, one, seed) for one in (name, "float32")] for seed in range(seeds)]
+        pairs = [[json.loads(file.read_text()) for file in pair] for pair in files if all(map(Path.exists, pair))]
+        return [cell | {"float32": float32["score"]} for cell, float32 in pairs]
 
 
 def closeness(reference: Predictions, found: Predictions) -> dict[str, float | None]:
@@ -219,32 +215,31 @@ def disk_figures(float32: Path, folder: Path) -> dict[str, float | int | None]:
     }
 
 
-def torch_ao(bench: QuantizationBench, task: str) -> dict[str, Any]:
+def torch_ao(bench: QuantizationBench, task: str, seed: int) -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = torch.ao.quantization.quantize_dynamic(bench.teacher(task), {torch.nn.Linear}, dtype=torch.qint8)
-    return bench.figures(task, model)
+        model = torch.ao.quantization.quantize_dynamic(bench.teacher(task, seed), {torch.nn.Linear}, dtype=torch.qint8)
+    return bench.figures(task, model, seed)
 
 
-def stock(bench: QuantizationBench, task: str, config: Any) -> dict[str, Any]:
+def stock(bench: QuantizationBench, task: str, seed: int, config: Any) -> dict[str, Any]:
     """What Transformers does with a config, saved and reloaded by it."""
-    bench.teachers.teacher(task)
-    folder = bench.teachers.folder / f"{task}-teacher"
-    return bench.reloaded(task, bench.teachers.load(TASKS[task], folder, quantization_config=config))
+    folder = bench.teacher_folder(task, seed)
+    return bench.reloaded(task, bench.teachers.load(TASKS[task], folder, quantization_config=config), seed)
 
 
-def torchao(bench: QuantizationBench, task: str) -> dict[str, Any]:
+def torchao(bench: QuantizationBench, task: str, seed: int) -> dict[str, Any]:
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig
 
-    return stock(bench, task, transformers.TorchAoConfig(Int8DynamicActivationInt8WeightConfig()))
+    return stock(bench, task, seed, transformers.TorchAoConfig(Int8DynamicActivationInt8WeightConfig()))
 
 
-BASELINES: dict[str, Callable[[QuantizationBench, str], dict[str, Any]]] = {
+BASELINES: dict[str, Callable[[QuantizationBench, str, int], dict[str, Any]]] = {
     "torch.ao-int8": torch_ao,
     "torchao-int8": torchao,
-    "stock-llm-int8": lambda bench, task: stock(bench, task, LLM_INT8),
-    "stock-nf4": lambda bench, task: stock(bench, task, four_bits("nf4")),
-    "stock-fp4": lambda bench, task: stock(bench, task, four_bits("fp4")),
+    "stock-llm-int8": lambda bench, task, seed: stock(bench, task, seed, LLM_INT8),
+    "stock-nf4": lambda bench, task, seed: stock(bench, task, seed, four_bits("nf4")),
+    "stock-fp4": lambda bench, task, seed: stock(bench, task, seed, four_bits("fp4")),
 }
 METHODS = (*FORMATS, *BASELINES)
 
@@ -274,9 +269,9 @@ def main() -> None:
     bench = QuantizationBench(options)
     for seed in range(options.seeds):
         for task in options.tasks:
-            for name in formats:
-                if seed in seeds_of(name, options.seeds):
-                    bench.cell(task, name, seed)
+            # What all others are compared with.
+            for name in dict.fromkeys(["float32", *formats]):
+                bench.cell(task, name, seed)
     tasks = report({task: {name: bench.stored(task, name, options.seeds) for name in METHODS} for task in NAMES})
     for task, found in tasks.items():
         found["metric"] = TASKS[task].metric

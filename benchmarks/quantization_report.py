@@ -21,21 +21,22 @@ def report(cells: Mapping[str, Mapping[str, list[dict[str, Any]]]]) -> dict[str,
     """Means and spreads of the cells that there are.
 
     Args:
-        cells: Cells of all seeds, by task and format. A task without a float32 cell is left out.
+        cells: Cells of all seeds, by task and format, each with the score of its own float32 model as "float32". A
+            task without a float32 cell is left out.
 
     Returns:
-        By task: the float32 score, the number of test rows, and the figures of each format.
+        By task: the mean float32 score, the number of test rows, and the figures of each format.
     """
     tasks = {}
     for task, formats in cells.items():
         if formats["float32"]:
-            dense = formats["float32"][0]
-            found = {name: summary(some, dense["score"]) for name, some in formats.items() if some}
-            tasks[task] = {"float32": dense["score"], "rows": dense["rows"], "formats": found}
+            found = {name: summary(some) for name, some in formats.items() if some}
+            dense = found["float32"]["mean"]
+            tasks[task] = {"float32": dense, "rows": formats["float32"][0]["rows"], "formats": found}
     return tasks
 
 
-def summary(cells: list[dict[str, Any]], dense: float) -> dict[str, Any]:
+def summary(cells: list[dict[str, Any]]) -> dict[str, Any]:
     """One format on one task."""
     errors = [cell["error"] for cell in cells if "error" in cell]
     if errors:
@@ -45,10 +46,15 @@ def summary(cells: list[dict[str, Any]], dense: float) -> dict[str, Any]:
         values = [cell[name] for cell in cells]
         return None if None in values else statistics.mean(values)
 
-    scores = [cell["score"] for cell in cells]
-    found = {"mean": mean("score"), "sd": statistics.stdev(scores) if len(scores) > 1 else None, "seeds": len(scores)}
-    found |= {"retention": mean("score") / dense, "agreement": mean("agreement"), "logit_error": mean("logit_error")}
+    found: dict[str, Any] = {"mean": mean("score"), "sd": spread([cell["score"] for cell in cells])}
+    kept = [cell["score"] / cell["float32"] for cell in cells]
+    found |= {"seeds": len(cells), "retention": statistics.mean(kept), "retention_sd": spread(kept)}
+    found |= {"agreement": mean("agreement"), "logit_error": mean("logit_error")}
     return found | {"disk": cells[0].get("disk")}
+
+
+def spread(values: list[float]) -> float | None:
+    return statistics.stdev(values) if len(values) > 1 else None
 
 
 def goals(tasks: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -100,8 +106,8 @@ def tables(tasks: Mapping[str, Any]) -> str:
                 continue
             disk = one["disk"] or {}
             entries = [
-                score_of(one),
-                f"{100 * one['retention']:.2f}",
+                percent(one["mean"], one["sd"], 2),
+                percent(one["retention"], one["retention_sd"], 2),
                 "" if one["agreement"] is None else f"{100 * one['agreement']:.2f}",
                 f"{one['logit_error']:.4f}",
                 f"{disk['bytes'] / 1e6:.1f}" if disk else "not saved",
@@ -131,20 +137,19 @@ def summary_table(tasks: Mapping[str, Any], names: Iterable[str]) -> str:
         if not any(found):
             continue
         disks = [one["disk"]["file"] for one in found if one and one.get("disk")]
-        dense = [one["float32"] for one in tasks.values()]
-        entries = [retention_of(one, score) for one, score in zip(found, dense, strict=True)]
+        entries = [retention_of(one) for one in found]
         lines.append(f"| {name} | {' | '.join(entries)} | {f'{disks[0]:.2f}' if disks else ''} |")
     return "\n".join(lines)
 
 
-def score_of(one: Mapping[str, Any]) -> str:
-    return f"{100 * one['mean']:.2f}" + (f" ± {100 * one['sd']:.2f}" if one["sd"] is not None else "")
+def percent(mean: float, sd: float | None, digits: int) -> str:
+    return f"{100 * mean:.{digits}f}" + (f" ± {100 * sd:.{digits}f}" if sd is not None else "")
 
 
-def retention_of(one: Mapping[str, Any] | None, dense: float) -> str:
+def retention_of(one: Mapping[str, Any] | None) -> str:
     if one is None or "error" in one:
         return "" if one is None else "error"
-    return f"{100 * one['retention']:.1f}" + (f" ± {100 * one['sd'] / dense:.1f}" if one["sd"] is not None else "")
+    return percent(one["retention"], one["retention_sd"], 1)
 
 
 def error_of(one: Mapping[str, Any]) -> str:

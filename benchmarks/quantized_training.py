@@ -128,7 +128,7 @@ class BinaryBench(PruningBench):
             hc.quantize(model.eval(), hc.BinaryConfig(activations=bits)).save_pretrained(saved)
             found = self.teachers.load(TASKS[TASK], saved)
             cell = {split: self.accuracy(found, split) for split in ("held_out", "test")}
-            disk = disk_figures(self.teachers.folder / f"{TASK}-teacher", saved)
+            disk = disk_figures(self.teacher_folder(TASK), saved)
             write(file, {"score": cell["test"], "held_out": cell["held_out"], "seconds": seconds, "disk": disk})
         cell = json.loads(file.read_text())
         shown = f"{100 * cell['score']:.2f}, held out {100 * cell['held_out']:.2f}, {cell['seconds']:.0f} s"

@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 import transformers
-from distillation_quality import Bench, write
+from distillation_quality import Bench, teacher_name, write
 from pruning_baselines import kwon_cut, l2_cut, random_cut, textpruner_cut
 from quality_tasks import TASKS
 from transformers import DataCollatorWithPadding, PreTrainedModel
@@ -59,9 +59,13 @@ class PruningBench:
         (self.folder / "cells").mkdir(parents=True, exist_ok=True)
         self.calibrated: tuple[str, int, hc.Calibration, float] | None = None
 
-    def teacher(self, task: str) -> PreTrainedModel:
-        self.teachers.teacher(task)
-        return self.teachers.load(TASKS[task], self.teachers.folder / f"{task}-teacher").eval()
+    def teacher_folder(self, task: str, seed: int = 0) -> Path:
+        """Where the fine-tuned model is, which is trained first if it is not there."""
+        self.teachers.teacher(task, seed)
+        return self.teachers.folder / f"{task}-{teacher_name(seed)}"
+
+    def teacher(self, task: str, seed: int = 0) -> PreTrainedModel:
+        return self.teachers.load(TASKS[task], self.teacher_folder(task, seed)).eval()
 
     def texts(self, task: str, seed: int) -> list[dict[str, torch.Tensor]]:
         """Batches of inputs without labels, of similar lengths."""

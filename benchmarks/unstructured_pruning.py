@@ -122,7 +122,7 @@ class OneShotBench(PruningBench):
         folder = self.folder / "saved"
         shutil.rmtree(folder, ignore_errors=True)
         model.save_pretrained(folder)
-        disk = disk_ratios(model, self.teachers.folder / f"{task}-teacher", folder)
+        disk = disk_ratios(model, self.teacher_folder(task), folder)
         return {"score": self.score(task, self.teachers.load(TASKS[task], folder)), "disk": disk}
 
     def stored(self, task: str, method: str, level: str, seeds: int) -> list[dict[str, Any]]:
