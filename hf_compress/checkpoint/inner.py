@@ -60,6 +60,17 @@ def make_safe_(model: "PreTrainedModel", inner: HfQuantizer) -> None:
         make_exact_(model)
 
 
+def unpack_(model: "PreTrainedModel") -> None:
+    """Undoes what an inference did to the weights of modules of another library.
+
+    Args:
+        model (`PreTrainedModel`): Is changed; it computes the same.
+    """
+    for module in model.modules():
+        if hasattr(module, "unpack_"):
+            module.unpack_()
+
+
 def plain_dtypes(model: "PreTrainedModel", inner: HfQuantizer) -> dict[str, torch.dtype]:
     """What the tensors that stay in floating point are to be cast to.
 

@@ -20,6 +20,7 @@ from hf_compress.checkpoint.inner import (
     plain_dtypes,
     stored_conversions,
     stored_state,
+    unpack_,
 )
 
 if TYPE_CHECKING:
@@ -143,6 +144,23 @@ class CompressionQuantizer(HfQuantizer):
     def get_new_dtype(self, converter: Any, param: torch.Tensor, dtype: torch.dtype | None) -> torch.dtype | None:
         """The dtype that a stored tensor is cast to when it is loaded, if any."""
         return self.inner.get_new_dtype(converter, param, dtype)
+
+    def _dequantize(self, model: "PreTrainedModel", dtype: torch.dtype | None = None) -> "PreTrainedModel":
+        if self.quantization_config.inner is None:
+            raise ValueError(
+                f"{type(model).__name__} is in a number format of hf_compress, which is not turned back into floating "
+                "point: load the model that it was made from."
+            )
+        unpack_(model)
+        return self.inner._dequantize(model, dtype=dtype)
+
+    def remove_quantization_config(self, model: "PreTrainedModel") -> None:
+        """Takes the number format out of the config, and leaves what else the next load needs."""
+        from hf_compress.checkpoint.sparse import sparse_names, write_config_
+
+        widths, sparse = self.quantization_config.widths, sparse_names(model)
+        super().remove_quantization_config(model)
+        write_config_(model, widths, sparse)
 
     def get_state_dict_and_metadata(self, model: "PreTrainedModel") -> tuple[dict[str, Any] | None, dict[str, Any]]:
         """What is saved in place of the model's own tensors, if anything."""

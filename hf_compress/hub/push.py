@@ -20,11 +20,12 @@ from hf_compress.hub.card_page import PLACEHOLDER
 
 logger = logging.getLogger(__name__)
 
-_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-CARD_FILE, CONFIG_FILE, INDEX_FILE = "README.md", "config.json", "model.safetensors.index.json"
+_SHARD = re.compile(r"model((?:\.[^-]+)?)-\d{5}-of-\d{5}\.safetensors")
+_INDEX = re.compile(r"model\.safetensors\.index((?:\..+)?)\.json")
+CARD_FILE, CONFIG_FILE = "README.md", "config.json"
 # What belongs to a model. Anything else in its folder stays where it is, and is named.
 _BELONGS = (
-    CONFIG_FILE, CARD_FILE, "generation_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*",
+    CONFIG_FILE, CARD_FILE, "generation_config.json", "*.safetensors", "*.safetensors.index*.json", "tokenizer*",
     "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "chat_template.*",
     "preprocessor_config.json", "processor_config.json", "recipe.yaml", "report.json", "LICENSE*", "NOTICE*",
     "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "?_*/config.json",
@@ -151,6 +152,7 @@ def collect_files(folder: str | Path, repo_id: str) -> tuple[dict[str, Path | by
         raise ValueError(f"There is no folder {str(folder)!r}: give the one that `model.save_pretrained` wrote.")
     found = {path.relative_to(folder).as_posix(): path for path in _candidates(folder)}
     names = [name for name in found if any(_matches(name, pattern) for pattern in _BELONGS)]
+    names = [name for name in names if not _is_of_earlier_save(name, names)]
     _check_model(folder, found, names)
     contents: dict[str, Path | bytes] = {name: found[name] for name in sorted(names)}
     if CARD_FILE in contents:
@@ -194,18 +196,27 @@ def _check_model(folder: Path, found: dict[str, Path], names: list[str]) -> None
         raise ValueError(
             f"{folder} holds no weights (*.safetensors): save the model there again with `save_pretrained`."
         )
-    if INDEX_FILE not in names and any(_SHARD.fullmatch(name) for name in names):
-        raise ValueError(f"{folder} lacks {INDEX_FILE}, without which its shards cannot be loaded: save it again.")
     for name in names:
         if name.endswith(".safetensors"):
             _check_whole(folder, name, found[name])
-    if INDEX_FILE in names:
-        shards = set(json.loads(found[INDEX_FILE].read_text())["weight_map"].values())
-        missing = sorted(shards - set(names))
+    _check_shards(folder, found, names)
+
+
+def _is_of_earlier_save(name: str, names: list[str]) -> bool:
+    """Whether this is a shard or an index beside weights in one file, which is what `from_pretrained` reads."""
+    part = _INDEX.fullmatch(name) or _SHARD.fullmatch(name)
+    return part is not None and f"model{part[1]}.safetensors" in names
+
+
+def _check_shards(folder: Path, found: dict[str, Path], names: list[str]) -> None:
+    variants = {shard[1] for name in names if (shard := _SHARD.fullmatch(name))}
+    lacking = sorted({f"model.safetensors.index{variant}.json" for variant in variants} - set(names))
+    if lacking:
+        raise ValueError(f"{folder} lacks {lacking[0]}, without which its shards cannot be loaded: save it again.")
+    for index in filter(_INDEX.fullmatch, names):
+        missing = sorted(set(json.loads(found[index].read_text())["weight_map"].values()) - set(names))
         if missing:
-            raise ValueError(
-                f"{folder} lacks {', '.join(missing)}, which {INDEX_FILE} names: save the model there again."
-            )
+            raise ValueError(f"{folder} lacks {', '.join(missing)}, which {index} names: save the model there again.")
 
 
 def _check_whole(folder: Path, name: str, file: Path) -> None:

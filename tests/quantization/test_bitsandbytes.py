@@ -14,6 +14,7 @@ from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from hf_compress import Int8DynamicConfig
 from hf_compress.checkpoint.sparse import mark_sparse_
 from hf_compress.formats.linear4bit import ExactLinear4bit
 from hf_compress.modeling.blocks import find_blocks, task_head_names
@@ -70,6 +71,25 @@ def test_before_and_after_an_inference(model_type, format_name, tmp_path):
     twice = reload(once, tmp_path / "twice")
     assert_same(twice, quantized)
     assert difference(outputs, predict(once, tiny_batch(once))) == 0
+
+
+@pytest.mark.parametrize("format_name", CONFIGS)
+@pytest.mark.parametrize("model_type", ["bert", "gpt2"])
+def test_turned_back_into_floating_point(model_type, format_name, tmp_path):
+    model = wide_model(model_type)
+    keep_neurons_(find_blocks(model)[0].ffn, range(FFN // 2))
+    quantized = reload(quantize(model, CONFIGS[format_name]), tmp_path / "quantized")
+    expected = predict(quantized, tiny_batch(model))
+    back = quantized.dequantize()
+    assert not quantized_names(back)
+    reloaded = reload(back, tmp_path / "float")
+    assert_same(reloaded, back)
+    assert difference(predict(reloaded, tiny_batch(model)), expected) < 0.1
+
+
+def test_formats_of_our_own_are_not_turned_back(bert):
+    with pytest.raises(ValueError, match="BertForSequenceClassification is in a number format of hf_compress"):
+        quantize(bert, Int8DynamicConfig()).dequantize()
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
