@@ -327,7 +327,6 @@ def rates_of(plan: Plan, kind: str) -> tuple[float, ...]:
 
 
 def teacher_name(seed: int) -> str:
-    """The name of a teacher's cell and folder; students learn from the first."""
     return f"teacher-{seed}" if seed else "teacher"
 
 

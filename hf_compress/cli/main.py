@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
+from safetensors import SafetensorError
 
 import hf_compress
 from hf_compress.cli.evaluate import SeveralValues, evaluate
@@ -357,10 +358,15 @@ def main(arguments: list[str] | None = None) -> None:
     _set_up_logging(is_debug)
     try:
         app([word for word in arguments if word != "--debug"], prog_name="hf-compress")
-    except (ValueError, TypeError, ImportError, OSError) as error:
+    except (ValueError, TypeError, ImportError, OSError, SafetensorError) as error:
         if is_debug:
             raise
         message = escape(" ".join(str(error).split()))
+        if isinstance(error, SafetensorError):
+            message = (
+                f"A file of weights (*.safetensors) is damaged, cut off, or a pointer of git-lfs: {message}. Get or "
+                "save it again; `hf-compress inspect` with the model's folder names it."
+            )
         console.print(f"[bold red]Error:[/] {message}", highlight=False, soft_wrap=True)
         sys.exit(1)
 

@@ -1,6 +1,8 @@
 """Model cards from reports: every figure, setting and reference in them is of the run that made the model."""
 
+import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +19,12 @@ from hf_compress.recipe.recipe import Recipe
 from hf_compress.recipe.steps import PushStep
 from hf_compress.report.report import conditions, plain_numbers, table_rows
 
+logger = logging.getLogger(__name__)
+
 CARD_FILE, RECIPE_FILE, REPORT_FILE = "README.md", "recipe.yaml", "report.json"
+NEW_CARD_FILE = "README.new.md"
+# Of the card beside it, in a report: one that reads otherwise was changed since.
+_DIGEST = "card_sha256"
 Report = dict[str, Any]
 Steps = list[tuple[str, Mapping[str, Any]]]
 
@@ -55,28 +62,54 @@ def write_card(report: Report, folder: str | Path, *, repo_id: str | None = None
     Args:
         report (`dict`): As for `make_card`.
         folder (`str` or `Path`): The model's folder, whose name is the model's in the report. It gets `README.md`,
-            `report.json` and `recipe.yaml`, all without paths of this machine.
+            `report.json` and `recipe.yaml`, all without paths of this machine. A `README.md` that was changed since
+            it was written stays: the new one is then `README.new.md`.
         repo_id (`str`, *optional*): As for `make_card`.
         base (`Base`, *optional*): What the model was made of. By default, what the base's own card says, from its
             folder or from the Hub if that can be reached.
 
     Returns:
-        `Path`: The card.
+        `Path`: The new card.
 
     Raises:
         ValueError: if the report has no model of that name.
     """
     folder = Path(folder)
     base = base or read_base(_model_of(report))
-    texts = {CARD_FILE: str(make_card(report, model=folder.name, repo_id=repo_id, base=base))}
+    card = str(make_card(report, model=folder.name, repo_id=repo_id, base=base))
+    file = _card_file(folder, card)
+    texts = {file: card}
     if report.get("kind") == "recipe":
         texts[RECIPE_FILE] = _recipe(report)
-    texts[REPORT_FILE] = json.dumps(plain_numbers(_portable(report)), indent=2, allow_nan=False) + "\n"
+    content = plain_numbers(_portable(report)) | {_DIGEST: _digest(card)}
+    texts[REPORT_FILE] = json.dumps(content, indent=2, allow_nan=False) + "\n"
     for name, text in texts.items():
         partial = folder / f"{name}.partial"
         partial.write_text(text, encoding="utf-8")
         partial.rename(folder / name)
-    return folder / CARD_FILE
+    return folder / file
+
+
+def _card_file(folder: Path, card: str) -> str:
+    """Where a new card goes: what its readers have written into the one that is there is not lost."""
+    old, report = folder / CARD_FILE, folder / REPORT_FILE
+    if not old.exists():
+        return CARD_FILE
+    text = old.read_text(encoding="utf-8")
+    known = json.loads(report.read_text(encoding="utf-8")).get(_DIGEST) if report.exists() else None
+    if text == card or _digest(text) == known:
+        return CARD_FILE
+    logger.warning(
+        "%s was changed by somebody, so it stays, and the card with the new figures is %s beside it: take over from "
+        "one into the other what is missing.",
+        old,
+        NEW_CARD_FILE,
+    )
+    return NEW_CARD_FILE
+
+
+def _digest(card: str) -> str:
+    return hashlib.sha256(card.encode()).hexdigest()
 
 
 def _model_of(report: Report) -> str:

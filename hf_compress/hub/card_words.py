@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hf_compress.hub.card_page import TASKS, Data, shared_limits
-from hf_compress.report.words import is_share
+from hf_compress.report.words import is_share, is_trained
 
 Report = dict[str, Any]
 
@@ -131,12 +131,13 @@ def run_conditions(report: Report, models: Sequence[Report]) -> str:
     sizes = " and ".join(last["latency"])
     length = last["latency_conditions"]["sequence_length"]
     names = ", ".join(f"{name} {number}" for name, number in versions.items())
+    trained = f"Trained on {report['rows_trained_on']} rows, measured" if is_trained(models) else "Measured"
     return (
-        f"Trained on {report['rows_trained_on']} rows, measured on {report['rows_measured_on']} of the split "
-        f"`{report['split']}`, with one seed ({report['recipe']['seed']}). MACs are per row of {length} tokens. "
-        f"Faster: ratio of the median latency of {report['reference']} to that of the model, run in turn, in batches "
-        f"of {sizes} rows of {length} tokens, {'/'.join(dtypes)}, on {machine['device']} ({machine['processor']}), "
-        f"{machine['threads']} threads. Versions: {names}. All figures are of the models saved and loaded again."
+        f"{trained} on {report['rows_measured_on']} rows of the split `{report['split']}`, with one seed "
+        f"({report['recipe']['seed']}). MACs are per row of {length} tokens. Faster: ratio of the median latency of "
+        f"{report['reference']} to that of the model, run in turn, in batches of {sizes} rows of {length} tokens, "
+        f"{'/'.join(dtypes)}, on {machine['device']} ({machine['processor']}), {machine['threads']} threads. "
+        f"Versions: {names}. All figures are of the models saved and loaded again."
     )
 
 
@@ -182,6 +183,6 @@ def limits(
     if quality["agreement"] is not None and quality["agreement"] < 1:
         found.append(
             f"On {100 * (1 - quality['agreement']):.1f} % of the {decisions} it decides otherwise than the model "
-            "before compression, in both directions; the difference of the means does not show that."
+            "before compression, which the difference of the scores does not show."
         )
     return [*found, *shared_limits(base)]

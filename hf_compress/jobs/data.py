@@ -1,6 +1,7 @@
 """A labelled text data set for a model: loaded, checked before anything trains, and tokenized."""
 
 import copy
+import glob
 import logging
 import os
 import re
@@ -53,8 +54,14 @@ def load_splits(dataset: str, name: str | None = None) -> "DatasetDict":
         return datasets.DatasetDict.load_from_disk(path, keep_in_memory=not os.access(path, os.W_OK))
     if path.is_dir():
         files: dict[str, list[Path]] = {}
+        if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
+            raise ValueError(
+                f"The folder {path} is one saved Dataset, without splits: save a DatasetDict there that has train and "
+                "test, or one file for each of them."
+            )
         for file in sorted(path.iterdir()):
-            if file.suffix.lower() in _FORMATS:
+            # A Mac writes `._train.csv` beside `train.csv`.
+            if file.suffix.lower() in _FORMATS and not file.name.startswith("."):
                 # `datasets` takes no dashes in the names of splits.
                 split = _SHARD.sub("", file.name.split(".")[0]).replace("-", "_")
                 files.setdefault(split, []).append(file)
@@ -92,7 +99,9 @@ def _load_files(files: dict[str, list[Path]]) -> "DatasetDict":
         paths = [str(file) for file in group]
         # One by one, because a test file without labels would not fit the columns of the others.
         try:
-            splits[split] = datasets.load_dataset(loader, data_files={split: paths}, split=split, **options)
+            # A path may hold what would be a pattern.
+            sources = {split: [glob.escape(path) for path in paths]}
+            splits[split] = datasets.load_dataset(loader, data_files=sources, split=split, **options)
         except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
             raise ValueError(
                 f"{', '.join(paths)} cannot be read as {loader}, or has no rows: "
@@ -279,7 +288,7 @@ def label_ids(
         values = _matched_names(values, dataset.features[label_column], config)
         by_name = {str(name): index for index, name in config.id2label.items()}
         # Numbers of a csv file with a gap arrive as floats: 1.0 is the id 1.
-        numbers = {float(i): i for i in range(config.num_labels)}
+        numbers = ids_of_numbers(config)
         ids = [by_name.get(value) if isinstance(value, str) else numbers.get(float(value)) for value in values]
         known = f"the model's labels are {', '.join(f'{i}={config.id2label[i]}' for i in range(config.num_labels))}"
     if None in ids:
@@ -289,6 +298,40 @@ def label_ids(
             hint = "An unlabelled split has -1 everywhere: measure on another one with --eval-split."
         raise ValueError(f"Label {values[row]!r} of row {row} of the split {split!r} is unknown: {known}. {hint}")
     return ids
+
+
+def ids_of_numbers(config: "PreTrainedConfig") -> dict[float, int]:
+    """What a label means that is a number: the class of that name where all names are numbers, else the id.
+
+    Stars from 1 to 5 are names, which a csv file gives back as numbers.
+
+    Args:
+        config (`PreTrainedConfig`): The model's config.
+
+    Returns:
+        `dict[float, int]`: Ids of classes.
+    """
+    try:
+        return {float(config.id2label[i]): i for i in range(config.num_labels)}
+    except ValueError:
+        return {float(i): i for i in range(config.num_labels)}
+
+
+def class_names(labels: Sequence[str], config: "PreTrainedConfig") -> list[str]:
+    """The classes of a model that is fine-tuned, in the order of their ids.
+
+    Args:
+        labels (sequence of `str`): Those of the data, as `label_names` gives them.
+        config (`PreTrainedConfig`): The model's config.
+
+    Returns:
+        `list[str]`: As the model has them, if it was trained for the same ones, or if the data have their numbers
+            alone: its head then starts from what it knows. Otherwise those of the data.
+    """
+    own = [str(config.id2label[i]) for i in range(config.num_labels)]
+    is_named = own != [f"LABEL_{i}" for i in range(len(own))]
+    are_numbers = list(labels) == [str(i) for i in range(len(own))]
+    return own if set(own) == set(labels) or (is_named and are_numbers) else list(labels)
 
 
 def _matched_names(values: list, feature: Any, config: "PreTrainedConfig") -> list:
@@ -303,7 +346,7 @@ def _matched_names(values: list, feature: Any, config: "PreTrainedConfig") -> li
     if names != [f"LABEL_{i}" for i in range(len(names))]:
         message = "The classes of the data, %s, and of the model, %s, share no name and are matched by number: "
         logger.warning(message + "check the order, or set id2label in the model's config.json.", feature.names, names)
-    return values
+    return [names[value] if 0 <= value < len(names) else value for value in values]
 
 
 def tokenize(
@@ -327,7 +370,7 @@ def tokenize(
             lengths.
 
     Raises:
-        ValueError: if `max_length` leaves no room for a token of each text.
+        ValueError: if `max_length` leaves no room for a token of each text, or a text has no token.
     """
     n_special = tokenizer.num_special_tokens_to_add(pair=len(text_columns) == 2)
     if max_length < n_special + len(text_columns):
@@ -345,4 +388,11 @@ def tokenize(
         return {**encoded, "length": [len(ids) for ids in encoded["input_ids"]]}
 
     encoded = texts.map(encode, batched=True, remove_columns=texts.column_names, desc="Tokenizing")
+    lengths = encoded["length"][:]
+    if 0 in lengths:
+        row = lengths.index(0)
+        raise ValueError(
+            f"Row {row} has no tokens: {', '.join(repr(texts[row][column]) for column in text_columns)}. Remove empty "
+            "texts; this tokenizer puts no token of its own around them."
+        )
     return encoded if labels is None else encoded.add_column("labels", list(labels))

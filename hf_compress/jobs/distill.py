@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from datasets import Dataset, DatasetDict
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, set_seed
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, Trainer, set_seed
 
 from hf_compress.distillation.arguments import DistillationArguments
 from hf_compress.distillation.augmentation import AugmentationConfig, augment
@@ -21,6 +21,7 @@ from hf_compress.hub.card import write_card
 from hf_compress.jobs.classifiers import Yardstick, choose_metric, load_all, load_classifier, measure_all, score
 from hf_compress.jobs.data import (
     check_splits,
+    class_names,
     label_ids,
     label_names,
     load_splits,
@@ -173,7 +174,7 @@ def load_teacher(job: DistillJob, labels: list[str] | None, options: dict[str, A
         ValueError: if the head was never trained and is not going to be.
     """
     if job.teacher_epochs > 0:
-        names = ["value"] if labels is None else labels
+        names = ["value"] if labels is None else class_names(labels, AutoConfig.from_pretrained(job.model))
         label2id = {name: index for index, name in enumerate(names)}
         options = {**options, "id2label": dict(enumerate(names)), "label2id": label2id, "num_labels": len(names)}
         # A head for other classes is replaced by a new one, whatever the old one was trained for.

@@ -20,8 +20,16 @@ def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedMode
         model (`PreTrainedModel`): The model.
 
     Raises:
-        ValueError: if it can produce ids that the model has no embedding for, or cannot pad.
+        ValueError: if it knows no words, can produce ids that the model has no embedding for, or cannot pad.
     """
+    # Where its files are missing, `AutoTokenizer` makes one of special tokens, and of T5's one more.
+    words = tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens) - tokenizer.get_added_vocab().keys()
+    if len(words) < 2:
+        raise ValueError(
+            f"The tokenizer of {tokenizer.name_or_path!r} knows special tokens alone, so every text would be unknown "
+            "to it: its files are not there. Save the tokenizer that the model was trained with in the same folder, "
+            "by tokenizer.save_pretrained."
+        )
     rows = model.get_input_embeddings().num_embeddings
     largest = max(tokenizer.get_vocab().values())
     if largest >= rows:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from datasets import Dataset, DatasetDict
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     DataCollatorForTokenClassification,
@@ -20,6 +21,7 @@ from hf_compress.evaluation.retention import METRICS
 from hf_compress.jobs.data import (
     check_columns,
     check_splits,
+    class_names,
     evaluation_split,
     label_ids,
     label_names,
@@ -85,9 +87,13 @@ class TaskData(NamedTuple):
         columns = [self.train[column] for column in self.config.text_columns]
         return [tuple(words) for words in columns[0]] if self.task == WORDS else list(zip(*columns, strict=True))
 
-    def head_options(self) -> dict[str, Any]:
-        """Arguments of `from_pretrained` for a new head that fits the labels."""
-        names = ["value"] if self.labels is None else self.labels
+    def head_options(self, model: str) -> dict[str, Any]:
+        """Arguments of `from_pretrained` for a head that fits the labels.
+
+        Args:
+            model (`str`): A folder, or a name on the Hub. If it has a head for these classes, that stays.
+        """
+        names = ["value"] if self.labels is None else class_names(self.labels, AutoConfig.from_pretrained(model))
         options: dict[str, Any] = {
             "num_labels": len(names),
             "id2label": dict(enumerate(names)),

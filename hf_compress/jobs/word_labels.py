@@ -10,6 +10,7 @@ from datasets import ClassLabel, Dataset, DatasetDict
 
 from hf_compress.distillation.augmentation import AugmentationConfig
 from hf_compress.distillation.tokenizers import whole_words
+from hf_compress.jobs.data import ids_of_numbers
 from hf_compress.modeling.tasks import IGNORED
 
 logger = logging.getLogger(__name__)
@@ -68,7 +69,8 @@ def check_labelled_words(rows: Dataset, split: str, config: "DataConfig") -> Non
         if not is_whole or not isinstance(labels, list) or len(labels) != len(words) or not words:
             raise ValueError(
                 f"Row {index} of the split {split!r} has {words!r:.60} in {column!r} and {labels!r:.60} in "
-                f"{config.label_column!r}: both must be lists of one length, of words and of their labels."
+                f"{config.label_column!r}: both must be lists of one length, of words and of their labels. Texts with "
+                "several labels each are for DistillationTrainer, prune and quantize, which take tokenized rows."
             )
 
 
@@ -116,7 +118,7 @@ def word_label_ids(rows: Dataset, split: str, label_column: str, config: "PreTra
         ValueError: if a label is none of the model's.
     """
     feature = _item_feature(rows, label_column)
-    by_name = {str(name): index for index, name in config.id2label.items()}
+    by_name, numbers = {str(name): index for index, name in config.id2label.items()}, ids_of_numbers(config)
     shares_names = isinstance(feature, ClassLabel) and bool(set(feature.names) & set(by_name))
 
     def number(label: Any) -> int | None:
@@ -124,7 +126,9 @@ def word_label_ids(rows: Dataset, split: str, label_column: str, config: "PreTra
             return by_name.get(feature.names[label])
         if isinstance(label, str):
             return by_name.get(label)
-        return label if 0 <= label < config.num_labels else None
+        if isinstance(feature, ClassLabel):
+            return label if 0 <= label < config.num_labels else None
+        return numbers.get(float(label))
 
     if isinstance(feature, ClassLabel) and not shares_names:
         names = list(config.id2label.values())

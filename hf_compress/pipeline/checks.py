@@ -43,7 +43,7 @@ def check_before(recipe: "Recipe", data: "TaskData", output: Path) -> "PreTraine
     """
     _check_inputs(recipe, output)
     is_finetuned = isinstance(recipe.steps[0], FinetuneStep)
-    options: dict[str, Any] = data.head_options() if is_finetuned else {}
+    options: dict[str, Any] = data.head_options(recipe.model) if is_finetuned else {}
     model, loading = data.model_class.from_pretrained(recipe.model, output_loading_info=True, **options)
     if loading["missing_keys"] and not is_finetuned:
         raise ValueError(
@@ -54,6 +54,8 @@ def check_before(recipe: "Recipe", data: "TaskData", output: Path) -> "PreTraine
     check_tokenizer(tokenizer, model)
     data.metric(model)
     check_length(model, data.encode(data.test, tokenizer, model))
+    if any(isinstance(step, TrainingStep) for step in recipe.steps):
+        check_length(model, data.encode(data.train, tokenizer, model))
     _check_timed(model, recipe)
     data.label_ids(data.train, model)
     if any(isinstance(step, QuantizeStep) and step.max_drop is not None for step in recipe.steps):

@@ -1,5 +1,6 @@
 """What each step of a recipe does to a model: from the folder before it to a folder of its own."""
 
+import logging
 import random
 import time
 from collections.abc import Callable
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from hf_compress.jobs.task_data import TaskData
+
+logger = logging.getLogger(__name__)
 
 _CALIBRATION_BATCH = 32
 _HELD_OUT_ROWS = 1000
@@ -125,7 +128,13 @@ def _quantize(place: Place, data: "TaskData", seed: int, model: Any, tokenizer: 
     texts = batches if needs_texts(config) else None
     gate = {}
     if step.max_drop is not None:
-        rows = draw(data.held_out, _HELD_OUT_ROWS, seed) if data.held_out else draw(data.train, _HELD_OUT_ROWS, seed)
+        if data.held_out is None:
+            logger.warning(
+                "What %s keeps in floating point is chosen by max_drop on rows of train, which the model may know: "
+                "add a split validation beside test.",
+                place.name,
+            )
+        rows = draw(data.held_out or data.train, _HELD_OUT_ROWS, seed)
         gate = {"evaluate": lambda tried: score(tried, tokenizer, data, rows), "max_drop": step.max_drop}
     small = quantize(model, config, texts, **gate)
     details = {"kept_in_float": kept_in_float(model, small, config), "noise": noise_of(small, model, batches[0])}

@@ -67,7 +67,7 @@ def finetune(place: Place, data: "TaskData", seed: int, options: dict[str, Any])
             set_seed(seed)
             args = training_arguments(place.step, work, seed)
             tokenizer = AutoTokenizer.from_pretrained(place.model)
-            model = load(place.model, data, **data.head_options(), **options)
+            model = load(place.model, data, **data.head_options(place.model), **options)
             is_plain = args.plain_attention == "auto" and plain_attention_pays(model, _autocast(args))
             shortcut = {"dropout": args.dropout, "freeze_embeddings": args.freeze_embeddings}
             shortcuts.enter_context(

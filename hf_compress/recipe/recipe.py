@@ -1,5 +1,6 @@
 """A recipe: what to compress, on which data, and the steps in their order; and the YAML that says so."""
 
+import os
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ class Recipe:
         if unknown is not None:
             raise TypeError(f"steps holds {unknown!r}, which is no step: give PruneStep(...), QuantizeStep(...) ...")
         check_order(self.steps)
+        # No shell has read what stands in a file.
+        self.model = os.path.expanduser(self.model)
 
     @classmethod
     def from_yaml(cls, source: str | Path, **overrides: Any) -> "Recipe":

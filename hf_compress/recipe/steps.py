@@ -261,8 +261,9 @@ class QuantizeStep:
     max_drop: float | None = field(
         default=None,
         metadata={
-            "help": "Loss of the metric that is allowed on held-out rows, 0.01 for a point of accuracy: what costs "
-            "most stays in floating point until it holds. By default, nothing is checked."
+            "help": "Loss of the metric that is allowed on rows of validation or dev that are not measured on, else "
+            "on rows of train, 0.01 for a point of accuracy: what costs most stays in floating point until it holds. "
+            "By default, nothing is checked."
         },
     )
 

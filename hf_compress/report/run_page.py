@@ -13,7 +13,7 @@ from hf_compress.report.report import plain_numbers
 from hf_compress.report.run_figures import draw_run
 from hf_compress.report.tables import show_table, show_text
 from hf_compress.report.tradeoff import draw_tradeoffs, models_of
-from hf_compress.report.words import is_share
+from hf_compress.report.words import is_share, is_trained
 
 Report = dict[str, Any]
 Entry = dict[str, Any]
@@ -222,11 +222,12 @@ def conditions(report: Report) -> str:
     one = models_of(report)[0]["latency_conditions"]
     machine, versions = report["machine"], report["versions"]
     named = ", ".join(f"{name} {version}" for name, version in versions.items())
+    trained = f", trained on {report['rows_trained_on']}" if is_trained(models_of(report)) else ""
     return (
-        f"Quality on {report['rows_measured_on']} rows of {report['split']}, trained on {report['rows_trained_on']}; "
-        "95 % intervals by a paired bootstrap over these rows. Times are medians, in turn with the first model, of "
-        f"batches of {one['sequence_length']} tokens, {machine['device']} ({machine['processor']}), "
-        f"{machine['threads']} threads; {named}. MACs per row. All figures are of the models saved and loaded again."
+        f"Quality on {report['rows_measured_on']} rows of {report['split']}{trained}; 95 % intervals by a paired "
+        "bootstrap over these rows. Times are medians, in turn with the first model, of batches of "
+        f"{one['sequence_length']} tokens, {machine['device']} ({machine['processor']}), {machine['threads']} "
+        f"threads; {named}. MACs per row. All figures are of the models saved and loaded again."
     )
 
 

@@ -1,6 +1,6 @@
 """What a report says in its own way for each kind of run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 Report = dict[str, Any]
@@ -13,6 +13,8 @@ _COSTS = {
     "bytes": "the blocks' bytes",
     "latency": "the time of a forward pass",
 }
+# Steps of a recipe that train.
+_TRAINING = ("finetune", "distil", "recover")
 # Names of modules in one sentence at most; the report has all.
 _NAMES_SHOWN = 8
 
@@ -66,6 +68,15 @@ def words_of(report: Report) -> Words:
 def is_share(metric: str) -> bool:
     """Whether a metric is a share of something, which is shown in percent."""
     return metric in _SHARES
+
+
+def is_trained(models: Sequence[Report]) -> bool:
+    """Whether one of the models of a recipe's run was trained by its step.
+
+    Args:
+        models (`Sequence[dict]`): Entries of the report.
+    """
+    return any(model["step"] in _TRAINING for model in models)
 
 
 def _macs(model: Report) -> str:

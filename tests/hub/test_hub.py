@@ -358,29 +358,6 @@ def test_folders_that_are_refused(hub, folder, spoil, match):
     assert not hub.requests
 
 
-def test_shards_of_an_earlier_save_stay_where_they_are(made, tmp_path):
-    model = made[0]
-    model.save_pretrained(tmp_path, max_shard_size=6000)
-    shards = {path.name: path.read_bytes() for path in tmp_path.glob("*-of-*")}
-    model.save_pretrained(tmp_path)
-    for name, content in shards.items():
-        (tmp_path / name).write_bytes(content)
-    upload = push_compressed(tmp_path, "me/tiny", dry_run=True)
-    assert [name for name in upload.files if ".safetensors" in name] == ["model.safetensors"]
-    assert set(upload.left_out) == {"model.safetensors.index.json", *shards}
-
-
-def test_shards_of_a_variant_go_with_their_index(made, tmp_path):
-    made[0].save_pretrained(tmp_path, max_shard_size=6000, variant="small")
-    index = tmp_path / "model.safetensors.index.small.json"
-    upload = push_compressed(tmp_path, "me/tiny", dry_run=True)
-    assert index.name in upload.files
-    assert upload.left_out == []
-    index.unlink()
-    with pytest.raises(ValueError, match=f"lacks {index.name}"):
-        push_compressed(tmp_path, "me/tiny", dry_run=True)
-
-
 @pytest.mark.parametrize("name", ["a/b/c", "me/", "me/tiny model", "-x", "/tmp/model"])
 def test_names_that_are_refused(hub, folder, name):
     with pytest.raises(ValueError, match="no name of a repository"):
