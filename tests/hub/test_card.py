@@ -253,6 +253,33 @@ def test_files_beside_the_model(report, recipe, tmp_path):
     assert str(make_card(stored, base=base)) == card.read_text()
 
 
+def test_a_card_that_was_written_on_stays(report, tmp_path, caplog):
+    folder = tmp_path / report["result"]
+    folder.mkdir()
+    first = write_card(report, folder)
+    assert write_card(report, folder) == first
+    edited = first.read_text() + "\nIts license is mine.\n"
+    first.write_text(edited)
+    report["split"] = "other"
+    for _ in range(2):
+        second = write_card(report, folder)
+        assert second.name == "README.new.md"
+        assert "`other`" in second.read_text()
+        assert first.read_text() == edited
+    assert "was changed by somebody, so it stays" in caplog.text
+    first.unlink()
+    assert write_card(report, folder) == first
+
+
+def test_training_is_spoken_of_where_there_was_some(report):
+    trained = [step["name"] for step in report["steps"] if step["step"] in ("finetune", "distil", "recover")]
+    assert trained
+    assert "Trained on" in str(make_card(report))
+    for step in report["steps"]:
+        step["step"] = "student" if step["name"] in trained else step["step"]
+    assert "Trained on" not in str(make_card(report))
+
+
 def test_a_base_without_a_license(report):
     card = make_card(report)
     assert "license" not in card.data.to_dict()
