@@ -23,7 +23,7 @@ def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedMode
         ValueError: if it knows no words, can produce ids that the model has no embedding for, or cannot pad.
     """
     # Where its files are missing, `AutoTokenizer` makes one of special tokens, and of T5's one more.
-    words = tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens) - tokenizer.get_added_vocab().keys()
+    words = tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens)
     if len(words) < 2:
         raise ValueError(
             f"The tokenizer of {tokenizer.name_or_path!r} knows special tokens alone, so every text would be unknown "
