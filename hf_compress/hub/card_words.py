@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hf_compress.hub.card_page import TASKS, Data, shared_limits
-from hf_compress.report.words import is_share, is_trained
+from hf_compress.report.words import is_share, is_trained, threads_text
 
 Report = dict[str, Any]
 
@@ -136,7 +136,7 @@ def run_conditions(report: Report, models: Sequence[Report]) -> str:
         f"{trained} on {report['rows_measured_on']} rows of the split `{report['split']}`, with one seed "
         f"({report['recipe']['seed']}). MACs are per row of {length} tokens. Faster: ratio of the median latency of "
         f"{report['reference']} to that of the model, run in turn, in batches of {sizes} rows of {length} tokens, "
-        f"{'/'.join(dtypes)}, on {machine['device']} ({machine['processor']}), {machine['threads']} threads. "
+        f"{'/'.join(dtypes)}, on {machine['device']} ({machine['processor']}), {threads_text(machine['threads'])}. "
         f"Versions: {names}. All figures are of the models saved and loaded again."
     )
 

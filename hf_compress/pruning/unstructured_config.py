@@ -62,7 +62,7 @@ class UnstructuredPruningConfig:
         default=1,
         metadata={
             "help": "Prune in so many rounds, each with scores and a repair anew: (1 - sparsity)^(1/steps) of the "
-            "weights are left each time. Pays off at high sparsity."
+            "weights are left each time. At 80 % it changed scores by two points at most, in either direction."
         },
     )
     repair: WeightRepairKind | None = field(

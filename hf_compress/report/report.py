@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_compress.report.tables import show_table
-from hf_compress.report.words import is_share, words_of
+from hf_compress.report.words import is_share, threads_text, words_of
 
 HEADINGS = ("model", "{metric}", "retention % [95 %]", "params", "MB", "{work}", "faster")
 
@@ -117,7 +117,7 @@ def conditions(report: dict[str, Any]) -> str:
         f"Quality on {report['rows_measured_on']} rows, {words.made(report)}; {words.note}; faster: "
         f"ratio of median latencies, interleaved (the first took {1000 * first['median_s']:.0f} ms), "
         f"of a batch of {c['batch_size']} rows of {c['sequence_length']} tokens, {'/'.join(sorted(dtypes))}, "
-        f"{c['device']} ({c['processor']}), {c['threads']} threads, torch {c['torch_version']}, "
+        f"{c['device']} ({c['processor']}), {threads_text(c['threads'])}, torch {c['torch_version']}, "
         f"transformers {c['transformers_version']}. "
         "All figures are of the models saved and loaded again."
     )

@@ -13,7 +13,7 @@ from hf_compress.report.report import plain_numbers
 from hf_compress.report.run_figures import draw_run
 from hf_compress.report.tables import show_table, show_text
 from hf_compress.report.tradeoff import draw_tradeoffs, models_of
-from hf_compress.report.words import is_share, is_trained
+from hf_compress.report.words import is_share, is_trained, threads_text
 
 Report = dict[str, Any]
 Entry = dict[str, Any]
@@ -226,8 +226,9 @@ def conditions(report: Report) -> str:
     return (
         f"Quality on {report['rows_measured_on']} rows of {report['split']}{trained}; 95 % intervals by a paired "
         "bootstrap over these rows. Times are medians, in turn with the first model, of batches of "
-        f"{one['sequence_length']} tokens, {machine['device']} ({machine['processor']}), {machine['threads']} "
-        f"threads; {named}. MACs per row. All figures are of the models saved and loaded again."
+        f"{one['sequence_length']} tokens, {machine['device']} ({machine['processor']}), "
+        f"{threads_text(machine['threads'])}; {named}. MACs per row. All figures are of the models saved and loaded "
+        "again."
     )
 
 

@@ -79,6 +79,11 @@ def is_trained(models: Sequence[Report]) -> bool:
     return any(model["step"] in _TRAINING for model in models)
 
 
+def threads_text(number: int) -> str:
+    """So many threads, in words."""
+    return f"{number} thread{'s' if number != 1 else ''}"
+
+
 def _macs(model: Report) -> str:
     cost = model["cost"]
     return f"{cost['macs'] / cost['conditions']['batch_size'] / 1e6:.0f} M"
