@@ -1,7 +1,7 @@
 """The data of `distillation_quality.py`: six tasks, their rows as model inputs, and how a model is scored on them.
 
 Three sets of rows per task. "train" is learned from; "held_out" decides learning rates and other choices; "test" is
-what is reported. Texts that occur in the test rows are taken out of the training rows.
+what is reported. Texts that occur in the test rows, character for character, are taken out of the training rows.
 """
 
 import random

@@ -259,6 +259,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="*", choices=NAMES, default=list(NAMES[:4]))
     parser.add_argument("--formats", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--result", type=Path, default=RESULT)
     options = parser.parse_args()
     # One line for each layer and forward.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -287,7 +288,7 @@ def main() -> None:
         "versions": {"python": platform.python_version(), "hf_compress": hc.__version__}
         | {package: version(package) for package in packages},
     }  # fmt: skip
-    write(RESULT, result)
+    write(options.result, result)
     print(tables(tasks))
     print(summary_table(tasks, METHODS))
 
