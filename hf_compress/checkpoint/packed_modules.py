@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from hf_compress.checkpoint.names import find_name, is_same_class
 from hf_compress.formats.packed import PackedEmbedding, PackedModule
 from hf_compress.formats.registry import class_of
 from hf_compress.modeling.projections import in_width, out_width
@@ -99,12 +100,11 @@ def match_modules(model: "PreTrainedModel", names: Sequence[str], modules: Mappi
     Raises:
         ValueError: if the model is of the class that was saved, but has no such module.
     """
-    prefix = f"{model.base_model_prefix}."
     matches, missing = [], []
     for name in names:
-        found = next((other for other in (name, name.removeprefix(prefix), prefix + name) if other in modules), None)
+        found = find_name(model, name, modules)
         (missing if found is None else matches).append(found or name)
-    if missing and type(model).__name__ in (model.config.architectures or []):
+    if missing and is_same_class(model):
         raise ValueError(
             f"quantization_config names the module {missing[0]}, which {type(model).__name__} does not have: restore "
             "the config.json that the checkpoint was saved with."

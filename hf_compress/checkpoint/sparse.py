@@ -12,6 +12,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, PrefixChange, WeightConverter
 
 from hf_compress.checkpoint.config import CompressionConfig
+from hf_compress.checkpoint.names import find_name, is_same_class
 from hf_compress.checkpoint.packed_modules import read_formats
 from hf_compress.checkpoint.packing import pack_sparse, unpack_sparse
 from hf_compress.formats.packed import PackedModule
@@ -102,14 +103,8 @@ def match_parameters(model: "PreTrainedModel", names: list[str]) -> dict[str, st
         ValueError: if the model is of the class that was saved, but a name is not that of a weight.
     """
     weights = _weights(model)
-    prefix = f"{model.base_model_prefix}."
-    matches = {}
-    for name in names:
-        candidates = (name, name.removeprefix(prefix), prefix + name)
-        found = next((candidate for candidate in candidates if candidate in weights), None)
-        if found is not None:
-            matches[name] = found
-    if type(model).__name__ in (model.config.architectures or []):
+    matches = {name: found for name in names if (found := find_name(model, name, weights)) is not None}
+    if is_same_class(model):
         _check_known(model, [name for name in names if name not in matches])
     return matches
 

@@ -86,7 +86,7 @@ def plan_recipe(model: str, job: PlanJob) -> None:
     proposals = propose(found, job.target_mb, job.min_retention, job.max_macs)[:_SHOWN]
     chosen = _choose(job, found, proposals)
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(as_recipe(chosen, recipe).to_yaml())
+    file.write_text(as_recipe(chosen, recipe).to_yaml(), encoding="utf-8")
     if not job.json:
         Console(highlight=False).print(
             f"Wrote {file}. Run it: hf-compress run {file} --output-dir FOLDER", soft_wrap=True

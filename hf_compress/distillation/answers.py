@@ -14,7 +14,6 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, defau
 from hf_compress.distillation.cache_files import Settings
 from hf_compress.distillation.cache_keys import KEY_BYTES, example_keys
 from hf_compress.distillation.objective import (
-    LANGUAGE_MODELS,
     OWN,
     POSITIONS,
     attention_mask,
@@ -25,7 +24,8 @@ from hf_compress.distillation.objective import (
 )
 from hf_compress.distillation.signals import Probe, split_name
 from hf_compress.modeling.autocast import without_autocast
-from hf_compress.modeling.tasks import CLASSIFICATION, IGNORED, unwrap, without_cache
+from hf_compress.modeling.modes import evaluating
+from hf_compress.modeling.tasks import CLASSIFICATION, IGNORED, LANGUAGE_MODELS, unwrap, without_cache
 
 LABELS = frozenset({"labels", "label", "label_ids", "start_positions", "end_positions"})
 # By how much of the largest number the same text may differ, beside others and alone; bfloat16 has 8 bits.
@@ -175,18 +175,14 @@ class Answers:
         inputs = {n: v.to(device) for n, v in teacher_inputs(decoding, self.settings.columns).items()}
         inputs = without_cache(model, inputs)
         autocast = torch.autocast(device.type, self.autocast_dtype) if self.autocast_dtype else nullcontext()
-        flags = [(module, module.training) for module in model.modules()]
         probe = Probe(model, self.settings.signals)
-        model.eval()
         try:
             # Without what a training in mixed precision left, which is no part of the fingerprint.
-            with without_autocast(model), autocast:
+            with evaluating(model), without_autocast(model), autocast:
                 outputs = dict(model(**inputs, return_dict=True))
             outputs |= probe.take()
         finally:
             probe.close()
-            for module, is_training in flags:
-                module.training = is_training
         if task == "feature-extraction":
             mask = None if "pixel_values" in batch else _own_mask(batch).to(device)
             outputs["embedding"] = embed(outputs["last_hidden_state"], mask, self.settings.pooling)

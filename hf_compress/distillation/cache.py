@@ -17,8 +17,7 @@ from tqdm.auto import tqdm
 from hf_compress.distillation import cache_files as files
 from hf_compress.distillation.answers import LABELS, Answers, answer_masks, key_columns
 from hf_compress.distillation.cache_keys import KEY_BYTES, example_keys, fingerprint
-from hf_compress.distillation.objective import LANGUAGE_MODELS
-from hf_compress.modeling.tasks import forward_columns, task_of, unwrap
+from hf_compress.modeling.tasks import LANGUAGE_MODELS, forward_columns, task_of, unwrap
 
 logger = logging.getLogger(__name__)
 

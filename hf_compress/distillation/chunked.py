@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from hf_compress.modeling.modes import evaluating
 from hf_compress.modeling.tasks import unwrap
 
 
@@ -85,21 +86,18 @@ def check_head(model: nn.Module, inputs: Mapping[str, Any]) -> None:
         ValueError: if its logits are not those that the output layer alone gives.
     """
     model = unwrap(model)
-    is_training = model.training
-    model.eval()
     try:
-        logits = model(**inputs, return_dict=True)["logits"]
-        with bypassed_head(model):
-            hidden = model(**inputs, return_dict=True)["logits"]
-        expected = model.get_output_embeddings()(hidden)
+        with evaluating(model):
+            logits = model(**inputs, return_dict=True)["logits"]
+            with bypassed_head(model):
+                hidden = model(**inputs, return_dict=True)["logits"]
+            expected = model.get_output_embeddings()(hidden)
         is_last = torch.allclose(logits.float(), expected.float(), rtol=1e-2, atol=1e-2)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError:
         # What comes behind does not fit the width of the hidden states.
         is_last = False
-    finally:
-        model.train(is_training)
     if not is_last:
         raise ValueError(
             f"{type(model).__name__} changes its logits behind the output layer, so they cannot be computed in "

@@ -174,6 +174,6 @@ def locate(lengths: Sequence[int], step: int) -> tuple[int, float]:
     for index, length in enumerate(lengths):
         if step < start + length or index == len(lengths) - 1:
             share = (step - start) / (length - 1) if length > 1 else 0.0
-            return index, min(share, 1.0) if math.isfinite(share) else 0.0
+            return index, min(share, 1.0)
         start += length
     raise AssertionError("a training has at least one stage")

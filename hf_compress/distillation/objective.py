@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from hf_compress.distillation import losses
-from hf_compress.modeling.tasks import CLASSIFICATION, IGNORED, unwrap
+from hf_compress.modeling.tasks import CLASSIFICATION, IGNORED, MAIN_INPUTS, unwrap
 
 TASKS = (
     *CLASSIFICATION,
@@ -20,7 +20,6 @@ TASKS = (
     "seq2seq-lm",
     "feature-extraction",
 )
-LANGUAGE_MODELS = ("masked-lm", "causal-lm", "seq2seq-lm")
 
 
 # A batch's column of this prefix is for the teacher alone; see `tokenizers.py`.
@@ -237,7 +236,7 @@ def teacher_inputs(batch: Mapping[str, torch.Tensor], columns: Collection[str]) 
 
 
 def _inputs(batch: Mapping[str, Any]) -> torch.Tensor:
-    for name in ("input_ids", "inputs_embeds", "pixel_values"):
+    for name in MAIN_INPUTS:
         if name in batch:
             return batch[name]
     raise ValueError(f"The batch has the columns {sorted(batch)}, but no input_ids, inputs_embeds or pixel_values.")

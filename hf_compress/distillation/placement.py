@@ -33,7 +33,7 @@ def place_teacher(
     check_whole(teacher, "The teacher")
     is_placed = getattr(teacher, "hf_device_map", None) or getattr(teacher, "is_quantized", False)
     if placement == "sharded":
-        _check_sharding(teacher, accelerator, bool(is_placed))
+        _check_sharding(accelerator, bool(is_placed))
         return _shard_(teacher, accelerator, keeps_head)
     return teacher if is_placed else teacher.to(accelerator.device)
 
@@ -65,7 +65,7 @@ def _is_missing(model: nn.Module, path: str, value: nn.Parameter) -> bool:
     return value.is_meta or (value.numel() == 0 and not is_removed)
 
 
-def _check_sharding(teacher: nn.Module, accelerator: Accelerator, is_placed: bool) -> None:
+def _check_sharding(accelerator: Accelerator, is_placed: bool) -> None:
     if getattr(accelerator.state, "deepspeed_plugin", None) is not None:
         raise ValueError(
             "teacher_placement='sharded' cannot be combined with DeepSpeed, whose hooks would gather the teacher's "

@@ -37,7 +37,7 @@ def choose_layers(
         number (`int` or `None`): Layers of the student; may be `None` when `layers` lists them.
         layers (`str` or sequence of `int`): `"first"`, `"last"`, `"spread"`, or the indices themselves. `"spread"`
             copies the last layer of each of `number` equal runs, `g(m) = m * total / number` counted from 1
-            (TinyBERT, Jiao et al., 2020, arXiv:1909.10351, section 3.2), so the teacher's last layer is always kept.
+            (TinyBERT, Jiao et al., 2020, arXiv:1909.10351, section 3.1), so the teacher's last layer is always kept.
         keep_first (`bool`, *optional*, defaults to `False`): Whether a rule has to keep layer 0; it then chooses the
             others among the rest.
 

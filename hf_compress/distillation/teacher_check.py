@@ -65,14 +65,14 @@ def look_at_teachers(
             batch = {name: value.to(args.device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
             for number, teacher in enumerate(teachers):
                 answers = teacher.ask(batch, autocast(), is_chunked and teacher.cache is None)
-                _check_finite(answers, names[number], start)
+                _check_finite(answers, names[number])
                 if teacher.task in (*CLASSIFICATION, "token-classification"):
                     found[number].append(_decisions(teacher, answers, batch))
     for number, parts in found.items():
         _compare_with_majority([part for part in parts if part is not None], names[number])
 
 
-def _check_finite(answers: dict[str, Any], name: str, start: int) -> None:
+def _check_finite(answers: dict[str, Any], name: str) -> None:
     for output, value in answers.items():
         if isinstance(value, torch.Tensor) and value.is_floating_point() and not value.isfinite().all():
             raise ValueError(

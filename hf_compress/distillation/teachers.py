@@ -10,7 +10,6 @@ from torch import nn
 from hf_compress.distillation.cache import TeacherCache
 from hf_compress.distillation.chunked import bypassed_head
 from hf_compress.distillation.objective import (
-    LANGUAGE_MODELS,
     OWN,
     POSITIONS,
     TASKS,
@@ -23,6 +22,7 @@ from hf_compress.distillation.tokenizers import gather_positions, is_same_vocabu
 from hf_compress.modeling.autocast import without_autocast
 from hf_compress.modeling.tasks import (
     CLASSIFICATION,
+    LANGUAGE_MODELS,
     forward_columns,
     matching_columns,
     shared_task,

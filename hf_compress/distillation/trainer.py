@@ -19,7 +19,6 @@ from hf_compress.distillation.curriculum import plan_stages
 from hf_compress.distillation.efficiency import check_embeddings, plain_attention_pays, training_shortcuts
 from hf_compress.distillation.inner_terms import Masks, check_tokens, compute_term, embedding_width, make_projections
 from hf_compress.distillation.objective import (
-    LANGUAGE_MODELS,
     Items,
     attention_mask,
     decoder_mask,
@@ -38,7 +37,7 @@ from hf_compress.distillation.teachers import Teacher, check_pair, own_columns
 from hf_compress.distillation.term_log import TermLog, gradient_shares
 from hf_compress.distillation.trained_projections import ProjectionMixin
 from hf_compress.modeling.capture import release_gates_
-from hf_compress.modeling.tasks import CLASSIFICATION, forward_columns, problem_type, unwrap
+from hf_compress.modeling.tasks import CLASSIFICATION, LANGUAGE_MODELS, forward_columns, problem_type, unwrap
 
 
 class DistillationTrainer(StageMixin, ProcessesMixin, ProjectionMixin, CardMixin, Trainer):

@@ -8,8 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from hf_compress.evaluation.inference import IGNORED
-
-LANGUAGE_MODELS = ("causal-lm", "masked-lm", "seq2seq-lm")
+from hf_compress.modeling.tasks import LANGUAGE_MODELS
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import nn
 
 from hf_compress.modeling.autocast import without_autocast
 from hf_compress.modeling.layouts import LAYOUTS
+from hf_compress.modeling.modes import evaluating
 from hf_compress.modeling.tasks import CLASSIFICATION, IGNORED, forward_columns, task_of, unwrap, without_cache
 
 _LABELLED = (*CLASSIFICATION, "token-classification")
@@ -41,15 +42,8 @@ def inference(*models: nn.Module) -> Iterator[None]:
     Args:
         models (`nn.Module`): The models to switch.
     """
-    flags = [(module, module.training) for model in models for module in model.modules()]
-    for model in models:
-        model.eval()
-    try:
-        with torch.inference_mode(), without_autocast(*models):
-            yield
-    finally:
-        for module, is_training in flags:
-            module.training = is_training
+    with evaluating(*models), torch.inference_mode(), without_autocast(*models):
+        yield
 
 
 def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:

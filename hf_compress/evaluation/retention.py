@@ -17,10 +17,18 @@ from hf_compress.evaluation.bootstrap import (
     percentile_interval,
     retention_ratio,
 )
-from hf_compress.evaluation.comparison import LANGUAGE_MODELS, Comparison, compare_outputs, concatenate
+from hf_compress.evaluation.comparison import Comparison, compare_outputs, concatenate
 from hf_compress.evaluation.inference import batches, inference, task_labels, task_logits
 from hf_compress.evaluation.scores import LOWER_IS_BETTER, score_of, score_rows
-from hf_compress.modeling.tasks import CLASSIFICATION, matching_columns, problem_type, shared_task, unwrap
+from hf_compress.modeling.tasks import (
+    CLASSIFICATION,
+    LANGUAGE_MODELS,
+    matching_columns,
+    names_of_labels,
+    problem_type,
+    shared_task,
+    unwrap,
+)
 
 _F1_AVERAGES = ("f1_macro", "f1_micro", "f1_weighted")
 METRICS: dict[str, tuple[str, ...]] = {
@@ -167,7 +175,7 @@ def score_retention(
             n_done += len(labels)
             if progress is not None:
                 progress(n_done, len(dataset))
-    label_names = [config.id2label[i] for i in range(config.num_labels)] if kind == "token-classification" else None
+    label_names = names_of_labels(config) if kind == "token-classification" else None
     bootstrap = {"n_bootstrap": n_bootstrap, "confidence": confidence, "seed": seed}
     return _retention_of(concatenate(parts), n_done, metric, kind, label_names, bootstrap)
 

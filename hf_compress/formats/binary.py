@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from hf_compress.formats.bits import pack_bits, unpack_bits
-from hf_compress.formats.packed import PackedLinear
+from hf_compress.formats.packed import PackedLinear, version
+from hf_compress.formats.products import multiply_unscaled, spoil_
 
 FLOAT = 32
 INPUT_BITS = (1, 2, 4, 8, FLOAT)
@@ -65,7 +66,8 @@ def multiply_signs(numbers: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
         # Below 2^24, integers in float32 are exact, in whatever order they are summed.
         with torch.autocast(numbers.device.type, enabled=False):
             return numbers @ signs.float().T
-    if numbers.max() <= 127:
+    # By rows, so that one with NaN, which compares with nothing, does not decide for the others.
+    if not (numbers.amax(1) > 127).any():
         return torch._int_mm(numbers.to(torch.int8), signs.T).float()
     lowered = torch._int_mm((numbers - _OFFSET).to(torch.int8), signs.T)
     return (lowered + _OFFSET * signs.sum(1, dtype=torch.int32)).float()
@@ -93,10 +95,13 @@ def round_inputs(normalized: torch.Tensor, bits: int, is_signed: bool) -> torch.
 class BinaryLinear(PackedLinear):
     """y = (q_x B^T) alpha_x alpha_w + b, with signs B of one bit each, and inputs q_x of `activations` bits.
 
-    The product of integers is exact. On disk a weight takes one bit; in the first forward pass, the signs are unpacked
-    to a byte each and kept beside the bits. They are multiplied as bytes because that is what PyTorch has a fast
-    product for: XOR and popcount on packed words, by NumPy, took 8 to 26 times as long on a CPU with AVX512-VNNI. One
-    bit therefore saves storage and the way to the machine; it is not faster than the format int8.
+    The product of integers is exact. A token that holds NaN or infinity gives outputs that are not finite, and touches
+    no other.
+
+    On disk a weight takes one bit; in the first forward pass, the signs are unpacked to a byte each and kept beside
+    the bits. They are multiplied as bytes because that is what PyTorch has a fast product for: XOR and popcount on
+    packed words, by NumPy, took 8 to 26 times as long on a CPU with AVX512-VNNI. One bit therefore saves storage and
+    the way to the machine; it is not faster than the format int8.
     """
 
     format = "binary"
@@ -110,7 +115,7 @@ class BinaryLinear(PackedLinear):
         is_rounded = self.fields["activations"] != FLOAT
         self.register_buffer("input_scale", torch.empty(1, **place) if is_rounded else None)
         self.register_buffer("input_threshold", torch.empty(in_features, **place) if is_rounded else None)
-        self._signs: tuple[torch.Tensor, int | None, torch.Tensor] | None = None
+        self._signs: tuple[torch.Tensor, tuple[int, int], torch.Tensor] | None = None
 
     @staticmethod
     def check_fields(fields: Mapping[str, Any]) -> None:
@@ -156,12 +161,10 @@ class BinaryLinear(PackedLinear):
 
     def signs(self) -> torch.Tensor:
         """-1 and +1 in int8, of shape (outputs, inputs); unpacked once, and again when the weights change."""
-        # A tensor that was made in inference mode does not count its changes.
-        version = None if self.weight.is_inference() else self.weight._version
         known = self._signs
-        if known is None or known[0] is not self.weight or known[1] != version:
+        if known is None or known[0] is not self.weight or known[1] != version(self.weight):
             bits = unpack_bits(self.weight[0].view(torch.uint8), 1, self.in_features)
-            known = self._signs = self.weight, version, bits.view(torch.int8) * 2 - 1
+            known = self._signs = self.weight, version(self.weight), bits.view(torch.int8) * 2 - 1
         return known[2]
 
     def dequantize(self) -> torch.Tensor:
@@ -171,8 +174,7 @@ class BinaryLinear(PackedLinear):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Projects hidden states of shape (..., inputs)."""
         if self.input_scale is None:
-            products = nn.functional.linear(hidden_states, self.signs().to(hidden_states.dtype)).float()
-            outputs = products * self.weight_scale
+            outputs = multiply_unscaled(hidden_states, self.signs()) * self.weight_scale
         else:
             outputs = self._integer_products(hidden_states) * (self.input_scale * self.weight_scale)
         if self.bias is not None:
@@ -180,9 +182,10 @@ class BinaryLinear(PackedLinear):
         return outputs.to(hidden_states.dtype)
 
     def _integer_products(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        normalized = (hidden_states.float() - self.input_threshold) / self.input_scale
+        tokens = hidden_states.flatten(0, -2)
+        normalized = (tokens.float() - self.input_threshold) / self.input_scale
         numbers = round_inputs(normalized, self.fields["activations"], self.fields["signed"])
-        products = multiply_signs(numbers.flatten(0, -2), self.signs())
+        products = spoil_(multiply_signs(numbers, self.signs()), tokens)
         return products.unflatten(0, hidden_states.shape[:-1])
 
     def forget_packed_(self) -> None:

@@ -125,7 +125,8 @@ def dequantize(integers: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor
     Returns:
         `torch.Tensor`: In float32, of the same shape.
     """
-    return (integers if zeros is None else integers.float().sub_(zeros)) * scales
+    # A copy, for `float` would return the argument itself where it is in float32.
+    return (integers if zeros is None else integers.to(torch.float32, copy=True).sub_(zeros)) * scales
 
 
 def to_groups(rows: torch.Tensor, size: int) -> torch.Tensor:

@@ -23,6 +23,7 @@ from hf_compress.formats.fixed_point import (
     unpack_integers,
 )
 from hf_compress.formats.packed import PackedEmbedding, PackedLinear
+from hf_compress.formats.products import spoil_
 
 GRANULARITIES = ("per_channel", "per_tensor", "group")
 
@@ -44,6 +45,19 @@ def scale_kind(fields: Mapping[str, Any]) -> ScaleKind:
     return "bfloat16" if fields["granularity"] == "group" else "float32"
 
 
+def group_size(fields: Mapping[str, Any], n_columns: int) -> int:
+    """How many weights of a row share a scale, where its rows do not share one.
+
+    Args:
+        fields (`Mapping[str, Any]`): As in config.json.
+        n_columns (`int`): Weights per row.
+
+    Returns:
+        `int`: At most `n_columns`, which it is unless the granularity is `"group"`.
+    """
+    return min(fields.get("group_size", n_columns), n_columns)
+
+
 def weight_groups(weight: torch.Tensor, fields: Mapping[str, Any]) -> torch.Tensor:
     """The weights that share a scale, side by side.
 
@@ -57,7 +71,7 @@ def weight_groups(weight: torch.Tensor, fields: Mapping[str, Any]) -> torch.Tens
     """
     if fields["granularity"] == "per_tensor":
         return weight.reshape(1, 1, -1)
-    return to_groups(weight, _group_size(fields, weight.shape[1]))
+    return to_groups(weight, group_size(fields, weight.shape[1]))
 
 
 def minmax_scales(weight: torch.Tensor, fields: Mapping[str, Any]) -> Scales:
@@ -79,7 +93,7 @@ class _FixedPointWeight:
 
     def _register_weight(self, n_rows: int, n_columns: int, device: torch.device | str | None) -> None:
         fields = self.fields
-        n_groups = -(-n_columns // _group_size(fields, n_columns))
+        n_groups = -(-n_columns // group_size(fields, n_columns))
         shape = (1, 1) if fields["granularity"] == "per_tensor" else (n_rows, n_groups)
         n_bytes = packed_width(n_columns, fields["bits"])
         self.register_buffer("weight", torch.empty(1, n_rows, n_bytes, dtype=torch.int8, device=device))
@@ -90,7 +104,7 @@ class _FixedPointWeight:
 
     def _write_weight_(self, weight: torch.Tensor, scales: Scales) -> None:
         fields, (steps, zeros) = self.fields, scales
-        groups = to_groups(weight.detach(), _group_size(fields, weight.shape[1]))
+        groups = to_groups(weight.detach(), group_size(fields, weight.shape[1]))
         integers = quantize(groups, steps[..., None], zeros[..., None], fields["bits"], fields["symmetric"])
         self.weight = pack_integers(integers.flatten(1)[:, : weight.shape[1]], fields["bits"])[None]
         kind = scale_kind(fields)
@@ -108,7 +122,7 @@ class _FixedPointWeight:
         return None if self.fields["symmetric"] else self.weight_zero
 
     def _dequantize(self, packed: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, length: int):
-        groups = to_groups(unpack_integers(packed, self.fields["bits"], length), _group_size(self.fields, length))
+        groups = to_groups(unpack_integers(packed, self.fields["bits"], length), group_size(self.fields, length))
         numbers = dequantize(groups, scales[..., None], None if zeros is None else zeros[..., None])
         return numbers.flatten(-2)[..., :length]
 
@@ -122,7 +136,8 @@ class FixedPointLinear(_FixedPointWeight, PackedLinear):
         y = s_x sum_g s_g sum_(k in g) (q_x - z_x) (q_w - z_w) + b,
 
     with one group g per scale and output: the inner sum is exact, the outer one is in float64, and y is rounded to
-    float32 once.
+    float32 once. That needs a device with float64, which not every accelerator has: MPS does not. A token that holds
+    NaN or infinity gives outputs that are not finite, and touches no other.
     """
 
     format = "fixed_point"
@@ -196,7 +211,8 @@ class FixedPointLinear(_FixedPointWeight, PackedLinear):
         """Projects hidden states of shape (..., inputs)."""
         if "activation_bits" not in self.fields:
             return linear(hidden_states, self.dequantize().to(hidden_states.dtype), self.bias)
-        outputs = self._multiply(hidden_states.flatten(0, -2)).float()
+        tokens = hidden_states.flatten(0, -2)
+        outputs = spoil_(self._multiply(tokens).float(), tokens)
         if self.bias is not None:
             outputs += self.bias
         return outputs.to(hidden_states.dtype).unflatten(0, hidden_states.shape[:-1])
@@ -216,7 +232,7 @@ class FixedPointLinear(_FixedPointWeight, PackedLinear):
         zeros = torch.zeros_like(steps, dtype=torch.int16) if zeros is None else zeros
         bits = max(fields["bits"], fields["activation_bits"])
         total = tokens.new_zeros(len(tokens), self.out_features, dtype=torch.float64)
-        size = _group_size(fields, self.in_features)
+        size = group_size(fields, self.in_features)
         for group, start in enumerate(range(0, self.in_features, size)):
             part = slice(start, start + size)
             products = multiply_integers(numbers[:, part], zero, weights[:, part], zeros[:, group], bits)
@@ -287,10 +303,6 @@ def _load_scales(stored: torch.Tensor, kind: ScaleKind) -> torch.Tensor:
 
 def _input_kind(fields: Mapping[str, Any]) -> ScaleKind:
     return "power_of_two" if fields["power_of_two"] else "float32"
-
-
-def _group_size(fields: Mapping[str, Any], n_columns: int) -> int:
-    return min(fields.get("group_size", n_columns), n_columns)
 
 
 def _check_fields(fields: Mapping[str, Any], optional: tuple[str, ...] = ()) -> None:

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import nn
 
-from hf_compress.formats.int8_kernels import LARGEST, Product, kernel_for, rescale
-from hf_compress.formats.packed import PackedEmbedding, PackedLinear
+from hf_compress.formats.int8_kernels import LARGEST, Product, kernel_for, rescale_
+from hf_compress.formats.packed import PackedEmbedding, PackedLinear, version
 
 
 def quantize_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -26,7 +26,7 @@ def quantize_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class _Prepared(NamedTuple):
-    """What was made of weights and scales, and how often they had been changed by then."""
+    """What was made of weights and scales, and their versions by then."""
 
     weight: torch.Tensor
     scales: torch.Tensor
@@ -117,7 +117,7 @@ class Int8Linear(PackedLinear):
         if "smooth" in self.fields:
             tokens = tokens * self.input_scale
         numbers, factors = kernel_for(tokens.device.type).round_tokens(tokens)
-        outputs = rescale(self._product()(numbers), factors, self.bias)
+        outputs = rescale_(self._product()(numbers), factors, self.bias)
         return (outputs if dtype is torch.float32 else outputs.to(dtype)).view(shape)
 
     def _product(self) -> Product:
@@ -127,11 +127,11 @@ class Int8Linear(PackedLinear):
             known is None
             or known.weight is not weight
             or known.scales is not scales
-            or known.versions != (_version(weight), _version(scales))
+            or known.versions != (version(weight), version(scales))
         ):
             with torch.no_grad(), torch.inference_mode(False):
                 product = kernel_for(weight.device.type).prepare(weight[0], scales)
-            known = self._prepared = _Prepared(weight, scales, (_version(weight), _version(scales)), product)
+            known = self._prepared = _Prepared(weight, scales, (version(weight), version(scales)), product)
         return known.product
 
     def forget_packed_(self) -> None:
@@ -149,11 +149,6 @@ class Int8Linear(PackedLinear):
     def __getstate__(self) -> dict[str, Any]:
         # What oneDNN reads can be neither copied nor stored.
         return self.__dict__ | {"_prepared": None}
-
-
-def _version(tensor: torch.Tensor) -> tuple[int, int]:
-    """Where a tensor is stored, and how often it was changed; those made in inference mode do not count that."""
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -63,7 +63,7 @@ def largest_of_rows(rows: torch.Tensor) -> torch.Tensor:
     return torch.maximum(rows.amax(1, keepdim=True), rows.amin(1, keepdim=True).neg_())
 
 
-def rescale(numbers: torch.Tensor, factors: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def rescale_(numbers: torch.Tensor, factors: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """y = z a + b, in one pass over memory.
 
     Args:
@@ -126,7 +126,7 @@ def is_exact(kernel: Kernel, device_type: str) -> bool:
         product = kernel.prepare(weight.to(torch.int8), scales)
         for n in (1, n_tokens):
             numbers, factors = kernel.round_tokens(tokens[:n].float())
-            outputs = rescale(product(numbers)[:n], factors, None)
+            outputs = rescale_(product(numbers)[:n], factors, None)
             if not torch.allclose(outputs, expected[:n], rtol=1e-6, atol=1e-3):
                 return False
     except (AttributeError, RuntimeError, TypeError, NotImplementedError) as error:

@@ -8,6 +8,19 @@ import torch
 from torch import nn
 
 
+def version(tensor: torch.Tensor) -> tuple[int, int]:
+    """Tells whether a tensor was changed since something was made of it, as long as it is the same object.
+
+    Args:
+        tensor (`torch.Tensor`): Any.
+
+    Returns:
+        `tuple[int, int]`: Where it is stored, and how often it was changed; those made in inference mode do not count
+        that.
+    """
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+
+
 class PackedModule(nn.Module, ABC):
     """A module whose weight is stored in a number format of its own: the base of `PackedLinear` and `PackedEmbedding`.
 

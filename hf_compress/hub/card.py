@@ -17,6 +17,7 @@ from hf_compress.hub.card_page import CardFacts, Data, eval_result, render
 from hf_compress.hub.card_words import done, keeps, limits, run_conditions, run_table, uses, whose
 from hf_compress.recipe.recipe import Recipe
 from hf_compress.recipe.steps import PushStep
+from hf_compress.report.files import write_whole
 from hf_compress.report.report import conditions, plain_numbers, table_rows
 
 logger = logging.getLogger(__name__)
@@ -84,9 +85,7 @@ def write_card(report: Report, folder: str | Path, *, repo_id: str | None = None
     content = plain_numbers(_portable(report)) | {_DIGEST: _digest(card)}
     texts[REPORT_FILE] = json.dumps(content, indent=2, allow_nan=False) + "\n"
     for name, text in texts.items():
-        partial = folder / f"{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        partial.rename(folder / name)
+        write_whole(folder / name, text)
     return folder / file
 
 

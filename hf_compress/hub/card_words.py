@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hf_compress.hub.card_page import TASKS, Data, shared_limits
-from hf_compress.report.words import is_share, is_trained, threads_text
+from hf_compress.report.words import is_trained, retention_text, threads_text, value_text
 
 Report = dict[str, Any]
 
@@ -38,31 +38,6 @@ def whose(reference: str) -> str:
         reference (`str`): That model's name in the report.
     """
     return f" of the model before compression ({reference})"
-
-
-def value_text(metric: str, value: float | None) -> str:
-    """A measured value: in percent where it is a share.
-
-    Args:
-        metric (`str`): The measure.
-        value (`float` or `None`): The value; `None` where it is not defined.
-    """
-    if value is None:
-        return "-"
-    return f"{100 * value:.1f} %" if is_share(metric) else f"{value:.3f}"
-
-
-def retention_text(quality: Mapping[str, Any]) -> str:
-    """What was kept, in percent, and its interval.
-
-    Args:
-        quality (`Mapping`): As `Retention.to_dict` gives it.
-    """
-    if quality["retention"] is None:
-        return "-"
-    low, high = quality["retention_interval"]
-    interval = "-" if low is None or high is None else f"{100 * low:.1f}, {100 * high:.1f}"
-    return f"{100 * quality['retention']:.1f} [{interval}]"
 
 
 def keeps(entry: Report, reference: Report, rows: int, base: str) -> str:

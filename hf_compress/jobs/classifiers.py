@@ -1,11 +1,11 @@
 """Text classifiers for the jobs: loaded with a trained head, and measured side by side."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
+from transformers import AutoConfig, AutoModelForSequenceClassification, DataCollatorWithPadding
 
 from hf_compress.checkpoint.config import CompressionConfig
 from hf_compress.evaluation.comparison import decide
@@ -15,6 +15,7 @@ from hf_compress.evaluation.inference import predict
 from hf_compress.evaluation.latency import compare_latency
 from hf_compress.evaluation.retention import METRICS, score_retention
 from hf_compress.evaluation.scores import score_of, score_rows
+from hf_compress.jobs.data import class_names
 from hf_compress.modeling.tasks import problem_type
 
 if TYPE_CHECKING:
@@ -70,6 +71,40 @@ def load_classifier(path: str, has_new_head: bool = False, **options: Any) -> "P
     return model
 
 
+def head_options(path: str, labels: Sequence[str] | None, is_per_text: bool = True) -> dict[str, Any]:
+    """Arguments of `from_pretrained` for a head that fits the labels.
+
+    Args:
+        path (`str`): A folder, or a name on the Hub. If it has a head for these classes, that stays.
+        labels (sequence of `str` or `None`): Classes of the data; `None` for numbers.
+        is_per_text (`bool`, *optional*, defaults to `True`): Whether texts are labelled, and not their words.
+
+    Returns:
+        `dict`: By name.
+    """
+    names = ["value"] if labels is None else class_names(labels, AutoConfig.from_pretrained(path))
+    options: dict[str, Any] = {
+        "num_labels": len(names),
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: index for index, name in enumerate(names)},
+        # A head for other classes is replaced by a new one, whatever the old one was trained for.
+        "ignore_mismatched_sizes": True,
+    }
+    if is_per_text:
+        options["problem_type"] = "regression" if labels is None else "single_label_classification"
+    return options
+
+
+def known_metrics(kind: str, num_labels: int) -> list[str]:
+    """The metrics that fit a model's outputs.
+
+    Args:
+        kind (`str`): What the outputs are: a key of `METRICS`.
+        num_labels (`int`): How many there are.
+    """
+    return [name for name in METRICS[kind] if name != "f1" or num_labels == 2]
+
+
 def choose_metric(name: str | None, model: "PreTrainedModel") -> str:
     """What quality is measured by.
 
@@ -85,7 +120,7 @@ def choose_metric(name: str | None, model: "PreTrainedModel") -> str:
     """
     kind = problem_type(model.config)
     metric = name or ("pearsonr" if kind == "regression" else "accuracy")
-    known = [name for name in METRICS[kind] if name != "f1" or model.config.num_labels == 2]
+    known = known_metrics(kind, model.config.num_labels)
     if metric not in known:
         raise ValueError(
             f"metric={metric!r} does not fit a model with {model.config.num_labels} outputs ({kind}): "

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_compress.modeling.tasks import problem_type
+from hf_compress.modeling.tasks import names_of_labels, problem_type
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Suffix -> the loader of `datasets` and its options.
 # "train-0.csv", "train-00000-of-00002.parquet": parts of a split.
 _SHARD = re.compile(r"-\d+(-of-\d+)?$")
+# Suffix -> the loader of `datasets` and its options.
 _FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     ".parquet": ("parquet", {}),
     ".csv": ("csv", {}),
@@ -312,7 +312,7 @@ def ids_of_numbers(config: "PreTrainedConfig") -> dict[float, int]:
         `dict[float, int]`: Ids of classes.
     """
     try:
-        return {float(config.id2label[i]): i for i in range(config.num_labels)}
+        return {float(name): i for i, name in enumerate(names_of_labels(config))}
     except ValueError:
         return {float(i): i for i in range(config.num_labels)}
 
@@ -328,7 +328,7 @@ def class_names(labels: Sequence[str], config: "PreTrainedConfig") -> list[str]:
         `list[str]`: As the model has them, if it was trained for the same ones, or if the data have their numbers
             alone: its head then starts from what it knows. Otherwise those of the data.
     """
-    own = [str(config.id2label[i]) for i in range(config.num_labels)]
+    own = [str(name) for name in names_of_labels(config)]
     is_named = own != [f"LABEL_{i}" for i in range(len(own))]
     are_numbers = list(labels) == [str(i) for i in range(len(own))]
     return own if set(own) == set(labels) or (is_named and are_numbers) else list(labels)
@@ -342,7 +342,7 @@ def _matched_names(values: list, feature: Any, config: "PreTrainedConfig") -> li
         return values
     if set(feature.names) & set(config.id2label.values()):
         return [feature.names[value] if value >= 0 else value for value in values]
-    names = [config.id2label[i] for i in range(config.num_labels)]
+    names = names_of_labels(config)
     if names != [f"LABEL_{i}" for i in range(len(names))]:
         message = "The classes of the data, %s, and of the model, %s, share no name and are matched by number: "
         logger.warning(message + "check the order, or set id2label in the model's config.json.", feature.names, names)

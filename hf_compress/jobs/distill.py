@@ -1,4 +1,4 @@
-"""The one place where the steps meet: a fine-tuned model distilled, saved, reloaded, measured and reported."""
+"""A text classifier distilled into a student, saved, reloaded, measured and reported."""
 
 import copy
 import json
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from datasets import Dataset, DatasetDict
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, Trainer, set_seed
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, set_seed
 
 from hf_compress.distillation.arguments import DistillationArguments
 from hf_compress.distillation.augmentation import AugmentationConfig, augment
@@ -18,18 +18,19 @@ from hf_compress.distillation.cache import TeacherCache
 from hf_compress.distillation.student import make_student
 from hf_compress.distillation.trainer import DistillationTrainer
 from hf_compress.hub.card import write_card
-from hf_compress.jobs.classifiers import Yardstick, choose_metric, load_all, load_classifier, measure_all, score
-from hf_compress.jobs.data import (
-    check_splits,
-    class_names,
-    label_ids,
-    label_names,
-    load_splits,
-    tokenize,
+from hf_compress.jobs.classifiers import (
+    Yardstick,
+    choose_metric,
+    head_options,
+    load_all,
+    load_classifier,
+    measure_all,
+    score,
 )
+from hf_compress.jobs.data import check_splits, label_ids, label_names, load_splits, tokenize
 from hf_compress.jobs.fit import check_length, check_tokenizer
 from hf_compress.jobs.inputs import inputs_digest, rows_digest
-from hf_compress.jobs.job import DistillJob, check_arguments, run_settings
+from hf_compress.jobs.job import DistillJob, autocast_dtype, check_arguments, run_settings
 from hf_compress.jobs.lock import alone_in
 from hf_compress.jobs.stages import INPUTS, REPORT_FILE, open_run, train_once
 from hf_compress.report.report import write_report
@@ -174,12 +175,7 @@ def load_teacher(job: DistillJob, labels: list[str] | None, options: dict[str, A
         ValueError: if the head was never trained and is not going to be.
     """
     if job.teacher_epochs > 0:
-        names = ["value"] if labels is None else class_names(labels, AutoConfig.from_pretrained(job.model))
-        label2id = {name: index for index, name in enumerate(names)}
-        options = {**options, "id2label": dict(enumerate(names)), "label2id": label2id, "num_labels": len(names)}
-        # A head for other classes is replaced by a new one, whatever the old one was trained for.
-        options["ignore_mismatched_sizes"] = True
-        options["problem_type"] = "regression" if labels is None else "single_label_classification"
+        options = options | head_options(job.model, labels)
     return load_classifier(job.model, has_new_head=job.teacher_epochs > 0, **options)
 
 
@@ -231,7 +227,7 @@ def _cache(job: DistillJob, args: DistillationArguments, teacher, rows: Dataset,
         teacher.to(args.device),
         rows,
         processing_class=tokenizer,
-        autocast_dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
+        autocast_dtype=autocast_dtype(args),
     )
 
 

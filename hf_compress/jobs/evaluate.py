@@ -21,9 +21,10 @@ from hf_compress.evaluation.sample import sample_batch
 from hf_compress.evaluation.scores import LOWER_IS_BETTER, score_of, score_rows
 from hf_compress.jobs.data import check_columns, evaluation_split, load_splits
 from hf_compress.jobs.fit import check_length, check_tokenizer
+from hf_compress.jobs.material import device_of
 from hf_compress.jobs.task_data import TEXTS, WORDS, Outputs, TaskData
 from hf_compress.jobs.word_labels import check_labelled_words
-from hf_compress.modeling.tasks import IGNORED, matching_columns
+from hf_compress.modeling.tasks import IGNORED, matching_columns, names_of_labels
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,7 +70,7 @@ def evaluate_model(
     """
     rows = read_rows(data)
     paths = {MODEL: model} if teacher is None else {TEACHER: teacher, MODEL: model}
-    device = _device(use_cpu)
+    device = device_of(use_cpu)
     models = {name: _load(path, rows).to(device) for name, path in paths.items()}
     tokenizers = {name: AutoTokenizer.from_pretrained(path) for name, path in paths.items()}
     compressed = models[MODEL]
@@ -96,7 +97,9 @@ def evaluate_model(
         "task": rows.task,
         "metric": metric,
         "rows_measured_on": len(rows.test),
-        "quality": score_with_interval(outputs[MODEL], rows.kind(compressed), metric, _labels(compressed), seed),
+        "quality": score_with_interval(
+            outputs[MODEL], rows.kind(compressed), metric, names_of_labels(compressed.config), seed
+        ),
         "retention": None if teacher is None else _retention(models, outputs, rows.kind(compressed), metric, seed),
         "needs_hf_compress": isinstance(vars(compressed.config).get("quantization_config"), CompressionConfig),
         "cost": costs[MODEL],
@@ -183,15 +186,6 @@ def _load(path: str, rows: TaskData) -> "PreTrainedModel":
     return model.eval()
 
 
-def _device(use_cpu: bool) -> torch.device:
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return torch.device("cpu") if accelerator is None or use_cpu else accelerator
-
-
-def _labels(model: "PreTrainedModel") -> list[str]:
-    return [model.config.id2label[i] for i in range(model.config.num_labels)]
-
-
 def _retention(
     models: Mapping[str, "PreTrainedModel"], outputs: Mapping[str, Outputs], kind: str, metric: str, seed: int
 ) -> Report:
@@ -204,7 +198,7 @@ def _retention(
         outputs[MODEL].labels,
         metric=metric,
         kind=kind,
-        label_names=_labels(models[MODEL]),
+        label_names=names_of_labels(models[MODEL].config),
         n_bootstrap=N_BOOTSTRAP,
         confidence=CONFIDENCE,
         seed=seed,

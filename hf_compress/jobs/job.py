@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hf_compress.distillation.arguments import DistillationArguments
 from hf_compress.distillation.config import StudentConfig
 from hf_compress.pruning.config import StructuredPruningConfig
@@ -307,6 +309,15 @@ def job_settings(job: CalibratedJob) -> dict[str, Any]:
     return {name: value for name, value in plain(job).items() if name not in ("overwrite", "output_dir")}
 
 
+def autocast_dtype(args: DistillationArguments) -> torch.dtype | None:
+    """The dtype that a training computes in, where it is not that of the weights.
+
+    Args:
+        args (`DistillationArguments`): How to train.
+    """
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+
+
 def check_arguments(job: DistillJob, args: DistillationArguments) -> None:
     """Raises if training arguments contradict what a run does by itself, or its results could replace its inputs.
 
@@ -321,21 +332,22 @@ def check_arguments(job: DistillJob, args: DistillationArguments) -> None:
         value = getattr(args, name)
         if value != fixed:
             raise ValueError(f"{name}={value} cannot be used here: {reason}. Leave it out.")
-    check_output(job, args.output_dir)
+    check_output(job.model, job.dataset, args.output_dir)
 
 
-def check_output(job: TextJob, output_dir: str) -> None:
+def check_output(model: str, dataset: str, output_dir: str | Path) -> None:
     """Raises if results could replace what they are made of.
 
     Args:
-        job (`TextJob`): Names the model and the data.
-        output_dir (`str`): The output folder.
+        model (`str`): A folder, or a name on the Hub.
+        dataset (`str`): A folder, a file, or a name on the Hub.
+        output_dir (`str` or `Path`): The output folder.
 
     Raises:
         ValueError: if one of them lies in the output folder.
     """
     output = Path(output_dir).resolve()
-    for what, path in (("model", job.model), ("data set", job.dataset)):
+    for what, path in (("model", model), ("data set", dataset)):
         inner = Path(path).expanduser().resolve()
         if inner.exists() and output in (inner, *inner.parents):
             raise ValueError(

@@ -3,6 +3,7 @@
 import logging
 import math
 import random
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -89,9 +90,9 @@ def load_material(job: CalibratedJob, test: Part, texts: Part | None, held_out: 
     check_length(model, max(encoded.values(), key=lambda rows: max(rows["length"])))
     n_texts = len(encoded["texts"]) if texts else 0
     logger.info("%d texts to calibrate with, %d of the split %s to measure on.", n_texts, len(test.rows), test.split)
-    batches = calibration_batches(encoded["texts"], tokenizer) if texts else []
+    batches = calibration_batches(encoded["texts"], DataCollatorWithPadding(tokenizer)) if texts else []
     return Material(
-        model.to(device_of(job)),
+        model.to(device_of(job.use_cpu)),
         tokenizer,
         batches,
         encoded["test"],
@@ -149,10 +150,14 @@ def hold_out(job: CalibratedJob, splits: DatasetDict, test_split: str, seed: int
     return Part(split, mixed.select(range(n_rows)), True), mixed.select(range(n_rows, len(rows)))
 
 
-def device_of(job: CalibratedJob) -> torch.device:
-    """Where to compress and measure: on the accelerator, if there is one and the job does not leave it alone."""
+def device_of(use_cpu: bool) -> torch.device:
+    """Where to compress and measure: on the accelerator, if there is one.
+
+    Args:
+        use_cpu (`bool`): Whether it is left alone.
+    """
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return torch.device("cpu") if accelerator is None or job.use_cpu else accelerator
+    return torch.device("cpu") if accelerator is None or use_cpu else accelerator
 
 
 def by_length(rows: Dataset) -> Dataset:
@@ -168,16 +173,15 @@ def by_length(rows: Dataset) -> Dataset:
     return rows.select(sorted(range(len(lengths)), key=lambda row: lengths[row]))
 
 
-def calibration_batches(texts: Dataset, tokenizer: "PreTrainedTokenizerBase") -> list[dict[str, torch.Tensor]]:
+def calibration_batches(texts: Dataset, collate: Callable) -> list[dict[str, torch.Tensor]]:
     """Batches of texts of similar length.
 
     Args:
         texts (`Dataset`): Tokenized rows, as `tokenize` returns them.
-        tokenizer (`PreTrainedTokenizerBase`): Pads them.
+        collate (`Callable`): Pads them.
 
     Returns:
         `list[dict[str, torch.Tensor]]`: From the shortest texts to the longest.
     """
-    collate = DataCollatorWithPadding(tokenizer)
     rows = list(by_length(texts).remove_columns("length"))
     return [dict(collate(rows[i : i + CALIBRATION_BATCH])) for i in range(0, len(rows), CALIBRATION_BATCH)]

@@ -46,7 +46,7 @@ def prune_classifier(job: CalibratedJob, config: Config, splits: DatasetDict | N
         TypeError: if the config is of no known kind.
     """
     kind, output, configs = kind_of(config), Path(job.output_dir), job.configs(config)
-    check_output(job, job.output_dir)
+    check_output(job.model, job.dataset, job.output_dir)
     rows = None if splits is None else rows_digest(splits, [*job.text_columns, job.label_column])
     settings = prune_settings(job, config) | {INPUTS: inputs_digest(job.model, job.dataset, output, rows)}
     splits = load_splits(job.dataset, job.dataset_name) if splits is None else splits
@@ -122,7 +122,7 @@ def measure(job: CalibratedJob, config: Config, configs: Configs, material: Mate
     logger.info("Measuring the saved models on %d rows.", len(material.test))
     kind, output = kind_of(config), Path(job.output_dir)
     paths = {DENSE: job.model} | {name: str(output / name) for name in configs}
-    models = load_all(paths, device_of(job))
+    models = load_all(paths, device_of(job.use_cpu))
     yardstick = Yardstick(material.test, material.tokenizer, material.metric, job.eval_batch_size, config.seed)
     report = {
         "job": job_settings(job),

@@ -28,6 +28,7 @@ from hf_compress.quantization.modules import check_float, choose_modules
 from hf_compress.quantization.noise import measure_noise
 from hf_compress.quantization.quantize import quantize
 from hf_compress.recipe.format_options import format_settings, needs_texts
+from hf_compress.report.files import write_whole
 from hf_compress.report.report import title, write_report
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def quantize_classifier(job: QuantizeJob, configs: Configs, splits: DatasetDict 
     output = Path(job.output_dir)
     candidates = _candidates(job, configs)
     settings = {"formats": {name: format_settings(one) for name, one in candidates.items()}} | job_settings(job)
-    check_output(job, job.output_dir)
+    check_output(job.model, job.dataset, job.output_dir)
     rows = None if splits is None else rows_digest(splits, [*job.text_columns, job.label_column])
     settings[INPUTS] = inputs_digest(job.model, job.dataset, output, rows)
     splits = load_splits(job.dataset, job.dataset_name) if splits is None else splits
@@ -174,9 +175,7 @@ def choose(job: QuantizeJob, candidates: Configs, material: Material) -> dict[st
             choice,
         )
     found = recommendation.to_dict() | {"choice": choice, "table": str(recommendation)}
-    partial = file.with_suffix(".json.partial")
-    partial.write_text(json.dumps(found, indent=2) + "\n")
-    partial.rename(file)
+    write_whole(file, json.dumps(found, indent=2) + "\n")
     return found
 
 
@@ -216,7 +215,7 @@ def measure(job: QuantizeJob, configs: Configs, material: Material) -> dict[str,
     logger.info("Measuring the saved models on %d rows.", len(material.test))
     output, yardstick = Path(job.output_dir), _yardstick(job, material)
     paths = {DENSE: job.model} | {name: str(output / name) for name in configs}
-    models = load_all(paths, device_of(job))
+    models = load_all(paths, device_of(job.use_cpu))
     noise = {name: noise_of(models[name], models[DENSE], cost_batch(yardstick)) for name in configs}
     report = {
         "job": job_settings(job),

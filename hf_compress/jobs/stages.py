@@ -16,6 +16,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 import hf_compress
 from hf_compress.jobs.lock import is_taken
+from hf_compress.report.files import PARTIAL, write_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,8 +28,8 @@ REPORT_FILE = "report.json"
 # Among the settings of a run, `inputs_digest` of what it reads.
 INPUTS = "inputs"
 _MADE_BY = "hf-compress"
-# What a stage's folder is called while it is made: its training checkpoints, and the model being saved.
-WORK, PARTIAL = ".training", ".partial"
+# What the folder of a stage's training checkpoints is called; that of a model being saved ends in `PARTIAL`.
+WORK = ".training"
 
 
 def open_run(folder: Path, settings: dict[str, Any], overwrite: bool, stages: Sequence[str] = ()) -> None:
@@ -48,7 +49,6 @@ def open_run(folder: Path, settings: dict[str, Any], overwrite: bool, stages: Se
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"The output folder {folder} is a file: give a new or an empty folder.")
     run_file = folder / RUN_FILE
-    unfinished = run_file.with_suffix(".partial")
     stored = _read_run(run_file)
     if stored is not None and not overwrite:
         _check_continuable(folder, stored["settings"], settings)
@@ -57,15 +57,14 @@ def open_run(folder: Path, settings: dict[str, Any], overwrite: bool, stages: Se
         return
     if stored is not None:
         _delete_results(folder, [*stored.get("stages", []), *stages])
-    elif is_taken(folder, unfinished):
+    elif is_taken(folder, folder / (RUN_FILE + PARTIAL)):
         raise ValueError(
             f"The output folder {folder} holds files that are not of a run of {_MADE_BY}, so nothing is written "
             "there and nothing deleted: give a new or an empty folder."
         )
     folder.mkdir(parents=True, exist_ok=True)
     content = {"made_by": _MADE_BY, "version": hf_compress.__version__, "settings": settings, "stages": list(stages)}
-    unfinished.write_text(json.dumps(content, indent=2) + "\n")
-    unfinished.rename(run_file)
+    write_whole(run_file, json.dumps(content, indent=2) + "\n")
 
 
 def _read_run(run_file: Path) -> dict[str, Any] | None:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from datasets import Dataset, DatasetDict
 from transformers import (
-    AutoConfig,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     DataCollatorForTokenClassification,
@@ -17,11 +16,10 @@ from transformers import (
 
 from hf_compress.distillation.augmentation import AugmentationConfig, augment
 from hf_compress.evaluation.inference import predict
-from hf_compress.evaluation.retention import METRICS
+from hf_compress.jobs.classifiers import head_options, known_metrics
 from hf_compress.jobs.data import (
     check_columns,
     check_splits,
-    class_names,
     evaluation_split,
     label_ids,
     label_names,
@@ -93,17 +91,7 @@ class TaskData(NamedTuple):
         Args:
             model (`str`): A folder, or a name on the Hub. If it has a head for these classes, that stays.
         """
-        names = ["value"] if self.labels is None else class_names(self.labels, AutoConfig.from_pretrained(model))
-        options: dict[str, Any] = {
-            "num_labels": len(names),
-            "id2label": dict(enumerate(names)),
-            "label2id": {name: index for index, name in enumerate(names)},
-            # A head for other classes is replaced by a new one, whatever the old one was trained for.
-            "ignore_mismatched_sizes": True,
-        }
-        if self.task == TEXTS:
-            options["problem_type"] = "regression" if self.labels is None else "single_label_classification"
-        return options
+        return head_options(model, self.labels, is_per_text=self.task == TEXTS)
 
     def encode(self, rows: Dataset, tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel") -> Dataset:
         """Rows as model inputs, with `labels` as the model numbers them, and `length` in tokens.
@@ -248,7 +236,7 @@ class TaskData(NamedTuple):
                 f"{', '.join(map(str, model.config.id2label.values()))}: set its config.id2label to the tags, or take "
                 "metric='token_accuracy'."
             )
-        known = [name for name in METRICS[kind] if name != "f1" or model.config.num_labels == 2]
+        known = known_metrics(kind, model.config.num_labels)
         if metric not in known:
             raise ValueError(f"metric={metric!r} does not fit {kind}: choose one of {', '.join(known)}.")
         return metric

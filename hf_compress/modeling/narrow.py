@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from hf_compress.modeling.blocks import FFN, Attention, find_blocks, find_layout, find_stacks
-from hf_compress.modeling.projections import keep
+from hf_compress.modeling.projections import keep, read_matrix
 from hf_compress.modeling.surgery import keep_heads_, keep_neurons_, keep_stack_heads_
 from hf_compress.modeling.tasks import unwrap
 
@@ -232,15 +231,13 @@ def _relative_squares(part: torch.Tensor) -> torch.Tensor:
 
 def _rows(projection: nn.Module) -> torch.Tensor:
     """Weights by output, shape (out, in), or (out, in + 1) with the bias: a unit may live by its bias alone."""
-    weight = projection.weight.detach().float()
-    rows = weight.T if isinstance(projection, Conv1D) else weight
+    rows = read_matrix(projection).float()
     return rows if projection.bias is None else torch.cat([rows, projection.bias.detach().float()[:, None]], dim=1)
 
 
 def _columns(projection: nn.Module) -> torch.Tensor:
     """Weights by input, shape (in, out)."""
-    weight = projection.weight.detach().float()
-    return weight if isinstance(projection, Conv1D) else weight.T
+    return read_matrix(projection).float().T
 
 
 def _heads_of_hidden(hidden_size: int, num_heads: int | None, head_dim: int, stack: str) -> int:

@@ -311,7 +311,8 @@ def heads_fit_config(model: nn.Module, num_heads: int) -> bool:
         num_heads (`int`): In every attention.
     """
     config = model.base_model.config
-    return num_heads > 0 and not (find_layout(config).heads_divide_hidden and config.hidden_size % num_heads)
+    layout = find_layout(config)
+    return num_heads > 0 and not (layout.heads_divide_hidden and getattr(config, layout.hidden_size) % num_heads)
 
 
 def shrink_unread_bias_(model: nn.Module, stack: str) -> None:

@@ -12,6 +12,9 @@ from transformers.models.auto import modeling_auto
 IGNORED = -100
 
 CLASSIFICATION = ("sequence-classification", "image-classification")
+LANGUAGE_MODELS = ("masked-lm", "causal-lm", "seq2seq-lm")
+# The inputs that models read first: one of them is in every batch.
+MAIN_INPUTS = ("input_ids", "inputs_embeds", "pixel_values")
 
 # The first match wins: T5ForConditionalGeneration, for one, is listed under several tasks.
 _CLASS_NAMES: dict[str, frozenset[str]] = {
@@ -144,8 +147,7 @@ def label_permutation(source_config: Any, target_config: Any) -> list[int] | Non
     Raises:
         ValueError: if the label names differ as sets, or if a name occurs twice.
     """
-    source = [source_config.id2label[i] for i in range(source_config.num_labels)]
-    target = [target_config.id2label[i] for i in range(target_config.num_labels)]
+    source, target = names_of_labels(source_config), names_of_labels(target_config)
     if source == target:
         return None
     if len(source) != len(target) or set(source) != set(target) or len(set(source)) != len(source):
@@ -188,6 +190,15 @@ def forward_columns(model: nn.Module) -> set[str]:
     return {name for name, parameter in parameters.items() if parameter.kind not in kinds}
 
 
+def names_of_labels(config: Any) -> list[str]:
+    """The names of a model's labels, in the order of their ids.
+
+    Args:
+        config (`PreTrainedConfig`): The model's config.
+    """
+    return [config.id2label[i] for i in range(config.num_labels)]
+
+
 def count_rows(inputs: Mapping[str, Any]) -> int:
     """Rows of a batch, told by what models read: positions and the like may be one row for all.
 
@@ -197,5 +208,4 @@ def count_rows(inputs: Mapping[str, Any]) -> int:
     Returns:
         `int`: The batch size.
     """
-    main = ("input_ids", "inputs_embeds", "pixel_values")
-    return len(inputs[next((name for name in main if name in inputs), next(iter(inputs)))])
+    return len(inputs[next((name for name in MAIN_INPUTS if name in inputs), next(iter(inputs)))])

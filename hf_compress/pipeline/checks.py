@@ -11,6 +11,7 @@ from hf_compress.distillation.student import make_student
 from hf_compress.evaluation.files import weight_files
 from hf_compress.evaluation.sample import sample_batch
 from hf_compress.jobs.fit import check_length, check_tokenizer
+from hf_compress.jobs.job import check_output
 from hf_compress.jobs.stages import folder_bytes
 from hf_compress.pipeline.state import Place, places_of
 from hf_compress.pipeline.training import training_arguments
@@ -41,7 +42,7 @@ def check_before(recipe: "Recipe", data: "TaskData", output: Path) -> "PreTraine
     Raises:
         ValueError: with what does not fit, and what to do.
     """
-    _check_inputs(recipe, output)
+    check_output(recipe.model, recipe.data.dataset, output)
     is_finetuned = isinstance(recipe.steps[0], FinetuneStep)
     options: dict[str, Any] = data.head_options(recipe.model) if is_finetuned else {}
     model, loading = data.model_class.from_pretrained(recipe.model, output_loading_info=True, **options)
@@ -104,14 +105,3 @@ def _check_timed(model: "PreTrainedModel", recipe: "Recipe") -> None:
             "max_length of the data, or length of measure, at most the number of positions that the model has, 512 "
             "for most."
         ) from error
-
-
-def _check_inputs(recipe: "Recipe", output: Path) -> None:
-    place = output.resolve()
-    for what, path in (("model", recipe.model), ("data set", recipe.data.dataset)):
-        inner = Path(path).expanduser().resolve()
-        if inner.exists() and place in (inner, *inner.parents):
-            raise ValueError(
-                f"The {what} {path} lies in the output folder {output}, where it could be overwritten: give an output "
-                "folder of its own."
-            )

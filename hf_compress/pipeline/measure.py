@@ -16,6 +16,7 @@ from hf_compress.evaluation.latency import compare_latency
 from hf_compress.evaluation.parts import bytes_by_part, seconds_by_part
 from hf_compress.evaluation.retention import retention_from_outputs
 from hf_compress.evaluation.sample import sample_batch
+from hf_compress.modeling.tasks import names_of_labels
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -111,7 +112,7 @@ class Measurer:
             of_reference.labels,
             metric=self._data.metric(self.reference),
             kind=self._data.kind(self.reference),
-            label_names=[model.config.id2label[i] for i in range(model.config.num_labels)],
+            label_names=names_of_labels(model.config),
             seed=self._seed,
         )
         return kept.to_dict()

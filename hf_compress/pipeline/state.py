@@ -8,15 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import hf_compress
 from hf_compress.jobs.inputs import digest, inputs_digest
 from hf_compress.jobs.lock import is_taken
-from hf_compress.jobs.stages import (
-    PARTIAL,
-    REPORT_FILE,
-    RUN_FILE,
-    WORK,
-    read_json,
-    remove_folder,
-    warn_of_another_version,
-)
+from hf_compress.jobs.stages import REPORT_FILE, RUN_FILE, WORK, read_json, remove_folder, warn_of_another_version
 from hf_compress.recipe.steps import (
     EvaluateStep,
     FinetuneStep,
@@ -25,6 +17,7 @@ from hf_compress.recipe.steps import (
     Step,
     VocabularyStep,
 )
+from hf_compress.report.files import PARTIAL, write_whole
 
 if TYPE_CHECKING:
     from hf_compress.recipe.recipe import Recipe
@@ -243,9 +236,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         path (`Path`): Where to.
         content (`dict`): Plain JSON types.
     """
-    partial = path.with_name(path.name + PARTIAL)
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    partial.replace(path)
+    write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
 def _read_run(file: Path) -> dict[str, Any] | None:

@@ -1,7 +1,6 @@
 """What each step of a recipe does to a model: from the folder before it to a folder of its own."""
 
 import logging
-import random
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -12,10 +11,11 @@ from transformers import AutoTokenizer, set_seed
 
 from hf_compress.distillation.student import make_student
 from hf_compress.evaluation.retention import retention_from_outputs
-from hf_compress.jobs.material import draw
+from hf_compress.jobs.material import HELD_OUT_ROWS, calibration_batches, draw
 from hf_compress.jobs.prune_kinds import compare_weights, compare_widths, kind_of
 from hf_compress.jobs.quantize import kept_in_float, noise_of
 from hf_compress.jobs.stages import remove_folder, save_whole
+from hf_compress.modeling.tasks import names_of_labels
 from hf_compress.pipeline.state import Place
 from hf_compress.pipeline.training import distil, finetune
 from hf_compress.pruning.prune import prune
@@ -40,8 +40,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_CALIBRATION_BATCH = 32
-_HELD_OUT_ROWS = 1000
 Details = dict[str, Any]
 # What a step makes: a model, its tokenizer, and what the report says of it.
 Made = tuple["PreTrainedModel", "PreTrainedTokenizerBase", Details]
@@ -134,7 +132,7 @@ def _quantize(place: Place, data: "TaskData", seed: int, model: Any, tokenizer: 
                 "add a split validation beside test.",
                 place.name,
             )
-        rows = draw(data.held_out or data.train, _HELD_OUT_ROWS, seed)
+        rows = draw(data.held_out or data.train, HELD_OUT_ROWS, seed)
         gate = {"evaluate": lambda tried: score(tried, tokenizer, data, rows), "max_drop": step.max_drop}
     small = quantize(model, config, texts, **gate)
     details = {"kept_in_float": kept_in_float(model, small, config), "noise": noise_of(small, model, batches[0])}
@@ -161,13 +159,8 @@ def score(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", data: 
         rows (`Dataset`): What to measure on.
     """
     found = data.outputs(model, tokenizer, rows=rows)
-    settings = {"metric": data.metric(model), "kind": data.kind(model), "label_names": label_names(model)}
+    settings = {"metric": data.metric(model), "kind": data.kind(model), "label_names": names_of_labels(model.config)}
     return retention_from_outputs(found.logits, found.logits, found.labels, n_bootstrap=2, **settings).compressed
-
-
-def label_names(model: "PreTrainedModel") -> list[str]:
-    """The names of a model's labels in their order."""
-    return [model.config.id2label[i] for i in range(model.config.num_labels)]
 
 
 def calibration(
@@ -183,12 +176,7 @@ def calibration(
         model (`PreTrainedModel`): Numbers the labels.
         with_labels (`bool`, *optional*, defaults to `False`): Whether these are in the batches.
     """
-    chosen = random.Random(seed).sample(range(len(data.train)), min(n_texts, len(data.train)))
-    rows = data.encode(data.train.select(chosen), tokenizer, model)
-    lengths = rows["length"][:]
-    rows = rows.select(sorted(range(len(rows)), key=lambda row: lengths[row])).remove_columns("length")
+    rows = data.encode(draw(data.train, n_texts, seed), tokenizer, model)
     # The collator of labelled words pads labels, so they are taken out after it.
-    collate = data.collator(tokenizer)
-    examples = list(rows)
-    batches = [dict(collate(examples[i : i + _CALIBRATION_BATCH])) for i in range(0, len(rows), _CALIBRATION_BATCH)]
+    batches = calibration_batches(rows, data.collator(tokenizer))
     return batches if with_labels else [{k: v for k, v in batch.items() if k != "labels"} for batch in batches]

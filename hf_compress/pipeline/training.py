@@ -20,6 +20,7 @@ from hf_compress.distillation.efficiency import plain_attention_pays, training_s
 from hf_compress.distillation.inner_terms import hidden_width
 from hf_compress.distillation.signals import split_name
 from hf_compress.distillation.trainer import DistillationTrainer
+from hf_compress.jobs.job import autocast_dtype
 from hf_compress.jobs.stages import folder_bytes, read_json, train_once
 from hf_compress.pipeline.state import Place, write_json
 from hf_compress.pruning.callback import PruningCallback
@@ -68,7 +69,7 @@ def finetune(place: Place, data: "TaskData", seed: int, options: dict[str, Any])
             args = training_arguments(place.step, work, seed)
             tokenizer = AutoTokenizer.from_pretrained(place.model)
             model = load(place.model, data, **data.head_options(place.model), **options)
-            is_plain = args.plain_attention == "auto" and plain_attention_pays(model, _autocast(args))
+            is_plain = args.plain_attention == "auto" and plain_attention_pays(model, autocast_dtype(args))
             shortcut = {"dropout": args.dropout, "freeze_embeddings": args.freeze_embeddings}
             shortcuts.enter_context(
                 training_shortcuts(model, **shortcut, plain_attention=is_plain or args.plain_attention == "on")
@@ -261,9 +262,5 @@ def _cache(
         data_collator=collator,
         precision="fp16" if signals else "fp32",
         signals=signals,
-        autocast_dtype=_autocast(args),
+        autocast_dtype=autocast_dtype(args),
     )
-
-
-def _autocast(args: DistillationArguments) -> torch.dtype | None:
-    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None

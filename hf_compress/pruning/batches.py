@@ -7,13 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_compress.modeling.tasks import IGNORED, forward_columns, unwrap
+from hf_compress.modeling.batches import TARGETS, read_batch
+from hf_compress.modeling.tasks import MAIN_INPUTS
 
 logger = logging.getLogger(__name__)
 
 Batch = dict[str, torch.Tensor]
-TARGETS = ("labels", "start_positions", "end_positions")
-_INPUTS = ("input_ids", "inputs_embeds", "pixel_values")
 
 
 def read_batches(model: nn.Module, data: Iterable[Mapping[str, Any]], with_labels: bool = False) -> list[Batch]:
@@ -31,9 +30,7 @@ def read_batches(model: nn.Module, data: Iterable[Mapping[str, Any]], with_label
         ValueError: if there is no batch, one has no input of the model, padding is not marked, or labels are missing.
         TypeError: if the data are no dicts of tensors.
     """
-    model = unwrap(model)
-    wanted = forward_columns(model)
-    batches = [_read_batch(model, batch, wanted) for batch in data]
+    batches = [read_batch(model, batch) for batch in data]
     if not batches:
         raise ValueError("The calibration data hold no batch: give an iterable of dicts of tensors, a DataLoader say.")
     if with_labels and not all(set(TARGETS) & set(batch) for batch in batches):
@@ -44,38 +41,6 @@ def read_batches(model: nn.Module, data: Iterable[Mapping[str, Any]], with_label
     if with_labels:
         return batches
     return [{name: value for name, value in batch.items() if name not in TARGETS} for batch in batches]
-
-
-def _read_batch(model: nn.Module, batch: Any, wanted: set[str]) -> Batch:
-    if not isinstance(batch, Mapping) or not all(isinstance(value, torch.Tensor) for value in batch.values()):
-        raise TypeError(
-            f"A calibration batch is a {type(batch).__name__}, where a dict of tensors is needed: give what "
-            "`tokenizer(texts, padding=True, return_tensors='pt')` returns, or a DataLoader with a data collator."
-        )
-    read = {name: value.to(model.device) for name, value in batch.items() if name in wanted}
-    if model.main_input_name not in read and "inputs_embeds" not in read:
-        raise ValueError(
-            f"A calibration batch has the columns {sorted(batch)}, but {type(model).__name__} needs "
-            f"{model.main_input_name!r}: give tokenized batches."
-        )
-    if model.config.is_encoder_decoder and "labels" in read:
-        if hasattr(model, "prepare_decoder_input_ids_from_labels"):
-            if "decoder_input_ids" not in read:
-                read["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=read["labels"])
-            # Position i of the decoder predicts label i; where there is none, it reads padding.
-            read.setdefault("decoder_attention_mask", (read["labels"] != IGNORED).long())
-    if "input_ids" in read and "attention_mask" not in read:
-        _check_unmasked(model, read["input_ids"])
-    return read
-
-
-def _check_unmasked(model: nn.Module, input_ids: torch.Tensor) -> None:
-    pad = model.config.get_text_config().pad_token_id
-    if pad is not None and (input_ids == pad).any():
-        raise ValueError(
-            f"A calibration batch has no attention_mask, but holds the padding token {pad}: padding would count as "
-            "text. Add the 'attention_mask' that the tokenizer returns."
-        )
 
 
 def token_mask(batch: Mapping[str, torch.Tensor], stack: str, length: int | None = None) -> torch.Tensor:
@@ -93,7 +58,7 @@ def token_mask(batch: Mapping[str, torch.Tensor], stack: str, length: int | None
     name = "decoder_attention_mask" if is_second else "attention_mask"
     if name in batch:
         return (batch[name] != 0).flatten(0, -2)
-    first = batch["decoder_input_ids"] if is_second else next(batch[name] for name in _INPUTS if name in batch)
+    first = batch["decoder_input_ids"] if is_second else next(batch[name] for name in MAIN_INPUTS if name in batch)
     # Of embeddings and images, the second axis; that of images is no length, and `length` has to tell.
     rows, seen = first.shape[:2] if first.is_floating_point() else (first.shape[:-1].numel(), first.shape[-1])
     return torch.ones(rows, length or seen, dtype=torch.bool, device=first.device)

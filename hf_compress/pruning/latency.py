@@ -209,18 +209,16 @@ def check_prediction(
     return predicted, float(table.total * cut / whole)
 
 
-def time_forward(model: nn.Module, batch: Batch, n_warmup: int = 3, n_runs: int = 30) -> float:
+def time_forward(model: nn.Module, batch: Batch) -> float:
     """The median time of a forward pass, in milliseconds.
 
     Args:
         model (`nn.Module`): A Transformers model.
         batch (`dict[str, torch.Tensor]`): Inputs.
-        n_warmup (`int`, *optional*, defaults to 3): Forwards before the clock starts.
-        n_runs (`int`, *optional*, defaults to 30): Forwards on the clock.
     """
     inputs = _inputs(model, batch)
     with frozen(model), torch.inference_mode():
-        return float(np.median(time_in_turn([partial(model, **inputs)], model.device, n_warmup, n_runs)))
+        return float(np.median(time_in_turn([partial(model, **inputs)], model.device, n_warmup=3, n_runs=30)))
 
 
 def time_in_turn(calls: Sequence[Callable[[], Any]], device: torch.device, n_warmup: int, n_runs: int) -> np.ndarray:

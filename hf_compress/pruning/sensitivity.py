@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from hf_compress.modeling.capture import gate_outputs
+from hf_compress.modeling.modes import evaluating
 from hf_compress.modeling.tasks import CLASSIFICATION, count_rows, problem_type, task_of, without_cache
 from hf_compress.pruning.batches import Batch, token_mask
 from hf_compress.pruning.units import Site
@@ -207,14 +208,11 @@ def frozen(model: nn.Module) -> Iterator[None]:
         model (`nn.Module`): Any model.
     """
     wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    training = [(module, module.training) for module in model.modules()]
-    model.eval()
     for parameter, _ in wanted:
         parameter.requires_grad_(False)
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
         for parameter, flag in wanted:
             parameter.requires_grad_(flag)
-        for module, flag in training:
-            module.training = flag

@@ -98,21 +98,16 @@ def make_sparse_(module: nn.Module, name: SparseFormat) -> None:
     module.sparse_format = name
 
 
-def make_dense_(module: nn.Module) -> bool:
+def make_dense_(module: nn.Module) -> None:
     """Has a projection compute with its dense weight again, and frees the packed copy.
 
     Args:
-        module (`nn.Module`): Any.
-
-    Returns:
-        `bool`: Whether it was sparse.
+        module (`nn.Module`): Any; what is not sparse stays as it is.
     """
-    if type(module) not in _DENSE:
-        return False
-    module.__class__ = _DENSE[type(module)]
-    vars(module).pop("_packed", None)
-    del module.sparse_format
-    return True
+    if type(module) in _DENSE:
+        module.__class__ = _DENSE[type(module)]
+        vars(module).pop("_packed", None)
+        del module.sparse_format
 
 
 def _state(weight: torch.Tensor) -> tuple[Any, ...]:

@@ -33,22 +33,20 @@ class Site:
         return count_units(self.parts[0])
 
 
-def find_sites(blocks: Iterable[Block], kinds: Iterable[UnitKind] = ("heads", "neurons")) -> list[Site]:
+def find_sites(blocks: Iterable[Block]) -> list[Site]:
     """The sites of some blocks, from the first to the last.
 
     Args:
         blocks (`Iterable[Block]`): From `find_blocks`.
-        kinds (`Iterable[str]`, *optional*): Which units.
 
     Returns:
         `list[Site]`: Attentions before the feed-forward network of their block; what was removed before is left out.
     """
-    kinds = set(kinds)
     shared: dict[str, list[Part]] = {}
     sites: list[Site] = []
     for block in blocks:
         place = f"{block.stack}.{block.index}"
-        for part in block.attentions if "heads" in kinds else ():
+        for part in block.attentions:
             if not part.is_stack_wide:
                 sites.append(Site(f"{place}.{part.kind}", "heads", (part,), block.repeats))
                 continue
@@ -59,8 +57,7 @@ def find_sites(blocks: Iterable[Block], kinds: Iterable[UnitKind] = ("heads", "n
                 sites.append(Site(name, "heads", ()))
             if part.num_heads:
                 shared[name].append(part)
-        if "neurons" in kinds:
-            sites.append(Site(f"{place}.ffn", "neurons", (block.ffn,), block.repeats))
+        sites.append(Site(f"{place}.ffn", "neurons", (block.ffn,), block.repeats))
     filled = [Site(site.name, site.kind, tuple(shared.get(site.name, site.parts)), site.repeats) for site in sites]
     return [site for site in filled if site.parts and site.n_units > 0]
 

@@ -1,7 +1,6 @@
 """The layers whose single weights can be pruned: the projections inside the blocks, and what they read."""
 
 import logging
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -10,6 +9,7 @@ import torch
 from torch import nn
 
 from hf_compress.modeling.blocks import Block, embedding_names, find_blocks, task_head_names
+from hf_compress.modeling.patterns import matching_names
 from hf_compress.modeling.projections import read_matrix
 from hf_compress.pruning.unstructured_config import UnstructuredPruningConfig
 
@@ -85,22 +85,9 @@ def match_layers(layers: Sequence[Layer], pattern: str, origin: str) -> list[Lay
     Raises:
         ValueError: if the pattern is no regular expression, or matches none.
     """
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{origin} has {pattern!r}, which is no regular expression: {error}.") from error
-
-    def is_meant(name: str) -> bool:
-        parts = name.split(".")
-        return any(compiled.fullmatch(".".join(parts[:stop])) for stop in range(1, len(parts) + 1))
-
-    found = [layer for layer in layers if is_meant(layer.name)]
-    if not found:
-        raise ValueError(
-            f"{origin} has {pattern!r}, which matches none of the {len(layers)} projections inside the blocks: give "
-            f"the dotted name of one, such as {layers[0].name!r}, or a regular expression for whole names."
-        )
-    return found
+    names = [layer.name for layer in layers]
+    found = set(matching_names(names, pattern, origin, "projections inside the blocks"))
+    return [layer for layer in layers if layer.name in found]
 
 
 def check_not_binary(model: nn.Module) -> None:

@@ -138,13 +138,13 @@ class ElasticInputs(Inputs):
         self.bits, self.is_signed = bits, is_signed
         self.setting.copy_(torch.tensor([bits, is_signed]))
 
-    def read_setting(self) -> None:
+    def read_setting_(self) -> None:
         """Takes the levels from the buffer, after that has changed."""
         bits, is_signed = self.setting.tolist()
         self.bits, self.is_signed = bits, bool(is_signed)
 
-    def begin_fit(self, bits: int) -> None:
-        """Has scale and sign follow the batches that come, until `end_fit`.
+    def begin_fit_(self, bits: int) -> None:
+        """Has scale and sign follow the batches that come, until `end_fit_`.
 
         Args:
             bits (`int`): Per number, from now on.
@@ -152,7 +152,7 @@ class ElasticInputs(Inputs):
         self.set_(bits, self.is_signed)
         self._fits = {True: [], False: []}
 
-    def end_fit(self) -> bool:
+    def end_fit_(self) -> bool:
         """Keeps scale and sign as they are.
 
         Returns:
@@ -173,13 +173,13 @@ class ElasticInputs(Inputs):
             unused = 0.0 * (self.log_scale + self.threshold.sum()).to(hidden_states.dtype)
             return hidden_states + unused, torch.ones_like(self.log_scale)
         if self._fits is not None:
-            self._fit(hidden_states)
+            self._fit_(hidden_states)
         factor = (self.threshold.numel() * input_levels(self.bits, self.is_signed)[1]) ** -0.5
         scale = scale_gradient(self.scale(), factor)
         return elastic_numbers(hidden_states, scale, self.threshold, self.bits, self.is_signed), scale
 
     @torch.no_grad()
-    def _fit(self, hidden_states: torch.Tensor) -> None:
+    def _fit_(self, hidden_states: torch.Tensor) -> None:
         values = (hidden_states.float() - self.threshold).flatten()
         if len(values) > _N_VALUES:
             generator = torch.Generator().manual_seed(0)
@@ -193,7 +193,7 @@ class ElasticInputs(Inputs):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self.read_setting()
+        self.read_setting_()
 
 
 def prepare_binary_(model: PreTrainedModel, config: BinaryConfig, data: Iterable[Mapping[str, Any]] | None) -> None:
@@ -271,11 +271,11 @@ def fit_inputs_(model: PreTrainedModel, batches: Iterable[Mapping[str, torch.Ten
     model.eval()
     try:
         for inputs in elastic.values():
-            inputs.begin_fit(bits)
+            inputs.begin_fit_(bits)
         with torch.no_grad():
             for batch in batches:
                 model(**without_cache(model, batch))
-        wrong = [name for name, inputs in elastic.items() if not inputs.end_fit()]
+        wrong = [name for name, inputs in elastic.items() if not inputs.end_fit_()]
         if wrong:
             raise ValueError(
                 f"The scale of the inputs of {wrong[0]} cannot be fitted: the data do not lead there, or hold NaN or "
@@ -283,7 +283,7 @@ def fit_inputs_(model: PreTrainedModel, batches: Iterable[Mapping[str, torch.Ten
             )
     except BaseException:
         for name, inputs in elastic.items():
-            inputs.end_fit()
+            inputs.end_fit_()
             inputs.load_state_dict(before[name])
         raise
     finally:

@@ -6,8 +6,7 @@ decay: the `Trainer` of Transformers decays no parameter of a normalization.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_compress.formats.int8 import quantize_rows
+from hf_compress.formats.products import multiply_unscaled
 from hf_compress.modeling.projections import oriented
 
 Rounded = tuple[torch.Tensor, torch.Tensor]
@@ -155,11 +155,9 @@ class FakeQuantized(nn.Module):
 
     Attributes:
         prepared_for (`Any`): The config.
-        is_rounded (`bool`): Whether anything is rounded.
     """
 
     prepared_for: Any
-    is_rounded: bool
 
     def target(self) -> Any:
         """The config that the module may be converted to."""
@@ -185,26 +183,14 @@ class FakeQuantProjection(FakeQuantized):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Projects hidden states of shape (..., inputs), as the converted module will."""
-        if not self.is_rounded:
-            return super().forward(hidden_states)
         # Whole numbers are multiplied, and scaled afterwards: their products are exact here and in the converted
         # module, so that what follows rounds the same numbers.
         numbers, input_scales = self.input_norm(hidden_states)
         weight, weight_scales = self.round_weight(oriented(self, self.weight))
-        outputs = _product(numbers, weight) * (input_scales * weight_scales)
+        outputs = multiply_unscaled(numbers, weight) * (input_scales * weight_scales)
         if self.bias is not None:
             outputs = outputs + self.bias
         return outputs.to(hidden_states.dtype)
-
-
-def _product(numbers: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    device = numbers.device.type
-    is_half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is torch.float16
-    if is_half or numbers.dtype is torch.float16:
-        # Sums of whole numbers leave the range of float16, 65,504, before they are scaled.
-        with torch.autocast(device, enabled=False):
-            return nn.functional.linear(numbers.float(), weight.float())
-    return nn.functional.linear(numbers, weight.to(numbers.dtype)).float()
 
 
 class FakeQuantLinear(FakeQuantProjection, nn.Linear):
@@ -229,7 +215,7 @@ class FakeQuantEmbedding(FakeQuantized, nn.Embedding):
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Looks up rows: of ids of any shape, (..., channels)."""
         rows = super().forward(input_ids)
-        return self.round_rows(rows, self.weight).to(rows.dtype) if self.is_rounded else rows
+        return self.round_rows(rows, self.weight).to(rows.dtype)
 
 
 _CLASSES = {nn.Linear: FakeQuantLinear, Conv1D: FakeQuantConv1D, nn.Embedding: FakeQuantEmbedding}
@@ -261,7 +247,7 @@ def attach_(modules: Mapping[str, nn.Module], config: Any, parts: Callable[[str,
             if isinstance(value, nn.Module):
                 value.to(module.weight.device).train(module.training)
             setattr(module, attribute, value)
-        module.prepared_for, module.is_rounded = config, True
+        module.prepared_for = config
         module.__class__ = _CLASSES[type(module)]
 
 
@@ -274,7 +260,7 @@ def detach_(model: nn.Module) -> None:
     for _, module in fake_quantized(model):
         module.__class__ = _ORIGINALS[type(module)]
         names = ["round_rows"] if isinstance(module, nn.Embedding) else ["round_weight", "input_norm"]
-        for name in [*names, "prepared_for", "is_rounded"]:
+        for name in [*names, "prepared_for"]:
             delattr(module, name)
 
 
@@ -288,24 +274,6 @@ def fake_quantized(model: nn.Module) -> list[tuple[str, FakeQuantized]]:
         `list[tuple[str, FakeQuantized]]`: Names and modules.
     """
     return [(name, module) for name, module in model.named_modules() if isinstance(module, FakeQuantized)]
-
-
-@contextmanager
-def in_floating_point(model: nn.Module) -> Iterator[None]:
-    """Switches fake quantization off: to see what the weights predict before they are rounded.
-
-    Args:
-        model (`nn.Module`): A prepared model.
-    """
-    modules = [module for _, module in fake_quantized(model)]
-    before = [module.is_rounded for module in modules]
-    try:
-        for module in modules:
-            module.is_rounded = False
-        yield
-    finally:
-        for module, was_rounded in zip(modules, before, strict=True):
-            module.is_rounded = was_rounded
 
 
 def check_prepared(model: nn.Module, config: Any) -> None:

@@ -16,11 +16,11 @@ from hf_compress.formats.fixed_point import (
     quantize,
     to_groups,
 )
-from hf_compress.formats.fixed_point_modules import Scales
+from hf_compress.formats.fixed_point_modules import Scales, group_size
 from hf_compress.modeling.projections import in_width
 from hf_compress.quantization.config import FixedPointConfig
 from hf_compress.quantization.fake_quant import FloatInputs, Inputs, Rounded, attach_, scale_gradient, straight_through
-from hf_compress.quantization.fixed_point import fit_inputs, fit_weights
+from hf_compress.quantization.fixed_point import fit_inputs, fit_weights, format_fields
 from hf_compress.quantization.modules import choose_modules
 from hf_compress.quantization.observers import observe_inputs
 
@@ -40,9 +40,7 @@ def fixed_point_rows(rows: torch.Tensor, scales: Scales, config: FixedPointConfi
     """
     steps, zeros = (tensor[..., None] for tensor in scales)
     n_columns = rows.shape[1]
-    groups = to_groups(
-        rows.detach(), min(config.group_size, n_columns) if config.granularity == "group" else n_columns
-    )
+    groups = to_groups(rows.detach(), group_size(format_fields(config), n_columns))
     rounded = dequantize(quantize(groups, steps, zeros, config.bits, config.symmetric), steps, zeros)
     return straight_through(rows, rounded.flatten(1)[:, :n_columns])
 

@@ -15,6 +15,7 @@ from hf_compress.checkpoint.sparse import sparse_names, write_config_
 from hf_compress.checkpoint.widths import write_widths_
 from hf_compress.formats.packed import PackedModule
 from hf_compress.modeling.blocks import embedding_names, lookup_tables, task_head_names
+from hf_compress.modeling.patterns import matching_names
 from hf_compress.modeling.surgery import configs
 
 logger = logging.getLogger(__name__)
@@ -160,22 +161,7 @@ def _is_in(name: str, parent: str) -> bool:
 
 
 def _matches(names: Mapping[str, nn.Module], pattern: str) -> list[str]:
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"exclude has {pattern!r}, which is no regular expression: {error}.") from error
-
-    def is_meant(name: str) -> bool:
-        parts = name.split(".")
-        return any(compiled.fullmatch(".".join(parts[:stop])) for stop in range(1, len(parts) + 1))
-
-    found = [name for name in names if is_meant(name)]
-    if not found:
-        raise ValueError(
-            f"exclude has {pattern!r}, which matches none of the {len(names)} modules that could be quantized: give "
-            f"the dotted name of one, such as {next(iter(names))!r}, or a regular expression for whole names."
-        )
-    return found
+    return matching_names(names, pattern, "exclude", "modules that could be quantized")
 
 
 def _tables(model: PreTrainedModel) -> dict[str, nn.Embedding]:

@@ -93,7 +93,8 @@ def _matrix(module: nn.Module | None) -> torch.Tensor | None:
 
 
 def _powers(signal: torch.Tensor, noisy: torch.Tensor) -> tuple[float, float]:
-    signal, noisy = signal.detach().double(), noisy.detach().double()
+    # Not every accelerator has float64.
+    signal, noisy = signal.detach().cpu().double(), noisy.detach().cpu().double()
     return float(signal.square().sum()), float((signal - noisy).square().sum())
 
 

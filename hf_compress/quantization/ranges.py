@@ -66,6 +66,7 @@ def mse_range(
 
 
 def _index_of_share(counts: torch.Tensor, share: float) -> int:
-    cumulated = counts.double().cumsum(0)
+    # Not every accelerator has float64.
+    cumulated = counts.cpu().double().cumsum(0)
     # Less than one more, because a product such as 0.999 * 1000 may come out above the whole number that it is.
     return int(torch.searchsorted(cumulated, cumulated[-1] * share * (1 - 1e-12)).clamp(max=len(counts) - 1))

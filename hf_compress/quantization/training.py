@@ -173,7 +173,7 @@ def _share_scales_(modules: list[FakeQuantProjection]) -> None:
         for module in modules:
             dist.broadcast(module.input_norm.log_scale.data, src=0)
             dist.broadcast(module.input_norm.setting, src=0)
-            module.input_norm.read_setting()
+            module.input_norm.read_setting_()
 
 
 def _binary_modules(model: nn.Module) -> list[FakeQuantProjection]:

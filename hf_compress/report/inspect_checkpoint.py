@@ -23,7 +23,7 @@ from hf_compress.evaluation.stored import (
     read_headers,
 )
 from hf_compress.modeling.blocks import find_blocks, find_layout, token_embeddings
-from hf_compress.modeling.tasks import CLASSIFICATION, problem_type, task_of
+from hf_compress.modeling.tasks import CLASSIFICATION, names_of_labels, problem_type, task_of
 from hf_compress.report.inspect_run import inspect_run, is_run, origin_of
 
 SCHEMA = 1
@@ -159,7 +159,7 @@ def _task(model: PreTrainedModel) -> Content:
     config = model.config
     kind = problem_type(config) if task in CLASSIFICATION else None
     has_labels = (kind is not None and kind != "regression") or task == "token-classification"
-    labels = [config.id2label[i] for i in range(config.num_labels)] if has_labels else None
+    labels = names_of_labels(config) if has_labels else None
     return {"task": task, "problem_type": kind, "labels": labels}
 
 

@@ -5,8 +5,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from hf_compress.report.tables import show_table
-from hf_compress.report.words import is_share, threads_text, words_of
+from hf_compress.report.files import write_whole
+from hf_compress.report.tables import page_table, show_table
+from hf_compress.report.words import is_share, retention_text, threads_text, value_text, words_of
 
 HEADINGS = ("model", "{metric}", "retention % [95 %]", "params", "MB", "{work}", "faster")
 
@@ -18,10 +19,8 @@ def write_report(report: dict[str, Any], folder: Path) -> None:
         report (`dict`): As `distill`, `prune_classifier` or `quantize_classifier` returns it.
         folder (`Path`): The run's folder.
     """
-    (folder / "report.md").write_text(markdown(report))
-    partial = folder / "report.json.partial"
-    partial.write_text(json.dumps(plain_numbers(report), indent=2, allow_nan=False) + "\n")
-    partial.rename(folder / "report.json")
+    write_whole(folder / "report.md", markdown(report))
+    write_whole(folder / "report.json", json.dumps(plain_numbers(report), indent=2, allow_nan=False) + "\n")
 
 
 def plain_numbers(value: Any) -> Any:
@@ -53,8 +52,8 @@ def table_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
         rows.append(
             (
                 name,
-                _value(quality),
-                _retention(quality) if position else "-",
+                value_text(quality["metric"], quality["compressed"]),
+                retention_text(quality) if position else "-",
                 f"{cost['parameters']['total'] / 1e6:.1f} M",
                 f"{cost['bytes_on_disk'] / 1e6:.1f}",
                 words.cell(model),
@@ -62,22 +61,6 @@ def table_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
             )
         )
     return rows
-
-
-def _value(quality: dict[str, Any]) -> str:
-    value = quality["compressed"]
-    if value is None:
-        return "-"
-    return f"{100 * value:.1f} %" if is_share(quality["metric"]) else f"{value:.3f}"
-
-
-def _retention(quality: dict[str, Any]) -> str:
-    if quality["retention"] is None:
-        return "-"
-    low, high = quality["retention_interval"]
-    # Undefined if the teacher's metric was on any of the resamples.
-    interval = "-" if low is None or high is None else f"{100 * low:.1f}, {100 * high:.1f}"
-    return f"{100 * quality['retention']:.1f} [{interval}]"
 
 
 def gain(report: dict[str, Any]) -> str:
@@ -144,14 +127,12 @@ def markdown(report: dict[str, Any]) -> str:
     Returns:
         `str`: Markdown.
     """
-    headings, *rows = table_rows(report)
-    lines = ["| " + " | ".join(row) + " |" for row in (headings, ("---",) * len(headings), *rows)]
     words = words_of(report)
     data = f", {words.data} `{report['job']['dataset']}`" if words.data else ""
     parts = (
         f"# {title(report)}",
         f"Of `{report['job']['model']}`{data}.",
-        "\n".join(lines),
+        page_table(table_rows(report)),
         *(f"![{caption(report)}: {name}]({figure})" for name, figure in figures(report).items()),
         gain(report),
         *words.remarks(report),

@@ -9,11 +9,12 @@ from typing import Any
 
 import jinja2
 
+from hf_compress.report.files import write_whole
 from hf_compress.report.report import plain_numbers
 from hf_compress.report.run_figures import draw_run
-from hf_compress.report.tables import show_table, show_text
+from hf_compress.report.tables import page_table, show_table, show_text
 from hf_compress.report.tradeoff import draw_tradeoffs, models_of
-from hf_compress.report.words import is_share, is_trained, threads_text
+from hf_compress.report.words import is_trained, retention_text, threads_text, value_text
 
 Report = dict[str, Any]
 Entry = dict[str, Any]
@@ -31,9 +32,7 @@ def write_run_report(report: Report, folder: Path) -> None:
     texts = {TEXT_FILE: run_markdown(report), PAGE_FILE: run_page({title_of(report): report})}
     texts[REPORT_FILE] = json.dumps(plain_numbers(report), indent=2, allow_nan=False) + "\n"
     for name, text in texts.items():
-        partial = folder / f"{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(folder / name)
+        write_whole(folder / name, text)
 
 
 def run_page(reports: Mapping[str, Report]) -> str:
@@ -122,7 +121,7 @@ def run_table_rows(report: Report) -> list[tuple[str, ...]]:
             (
                 entry["name"],
                 value_text(report["metric"], quality["compressed"]),
-                "-" if entry["name"] == report["reference"] else _retention(quality),
+                "-" if entry["name"] == report["reference"] else retention_text(quality),
                 f"{cost['parameters']['total'] / 1e6:.2f} M",
                 f"{cost['bytes_on_disk'] / 1e6:.2f}",
                 f"{cost['macs'] / cost['conditions']['batch_size'] / 1e6:.0f} M",
@@ -132,26 +131,6 @@ def run_table_rows(report: Report) -> list[tuple[str, ...]]:
             )
         )
     return rows
-
-
-def value_text(metric: str, value: float | None) -> str:
-    """A metric's value as it is shown: shares in percent.
-
-    Args:
-        metric (`str`): Its name.
-        value (`float` or `None`): The value; `None` where it is undefined.
-    """
-    if value is None:
-        return "-"
-    return f"{100 * value:.1f} %" if is_share(metric) else f"{value:.3f}"
-
-
-def _retention(quality: Mapping[str, Any]) -> str:
-    if quality["retention"] is None:
-        return "-"
-    low, high = quality["retention_interval"]
-    interval = "-" if low is None or high is None else f"{100 * low:.1f}, {100 * high:.1f}"
-    return f"{100 * quality['retention']:.1f} [{interval}]"
 
 
 def title_of(report: Report) -> str:
@@ -238,9 +217,8 @@ def run_markdown(report: Report) -> str:
     Args:
         report (`dict`): Of a recipe's run.
     """
-    headings, *rows = run_table_rows(report)
-    lines = ["| " + " | ".join(row) + " |" for row in (headings, ("---",) * len(headings), *rows)]
-    parts = (f"# {title_of(report)}", summary(report), "\n".join(lines), *notes(report), conditions(report))
+    table = page_table(run_table_rows(report))
+    parts = (f"# {title_of(report)}", summary(report), table, *notes(report), conditions(report))
     return "\n\n".join(parts) + "\n"
 
 

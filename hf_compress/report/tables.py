@@ -1,4 +1,4 @@
-"""Facts and tables for a terminal, and as plain lines for a pipe, which other programs read."""
+"""Facts and tables for a terminal, as plain lines for a pipe, which other programs read, and for a page."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -55,6 +55,16 @@ def show_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         cells = zip(row, widths, is_right, strict=True)
         line = _GAP.join(cell.rjust(width) if right else cell.ljust(width) for cell, width, right in cells)
         typer.echo(line.rstrip())
+
+
+def page_table(rows: Sequence[Sequence[str]]) -> str:
+    """A table for a page of Markdown.
+
+    Args:
+        rows (sequence of sequences of `str`): Cells, headings first.
+    """
+    headings, *others = rows
+    return "\n".join(f"| {' | '.join(row)} |" for row in (headings, ["---"] * len(headings), *others))
 
 
 def show_text(text: str = "") -> None:

@@ -1,6 +1,6 @@
 """What a report says in its own way for each kind of run."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 Report = dict[str, Any]
@@ -68,6 +68,32 @@ def words_of(report: Report) -> Words:
 def is_share(metric: str) -> bool:
     """Whether a metric is a share of something, which is shown in percent."""
     return metric in _SHARES
+
+
+def value_text(metric: str, value: float | None) -> str:
+    """A measured value: in percent where it is a share.
+
+    Args:
+        metric (`str`): The measure.
+        value (`float` or `None`): The value; `None` where it is not defined.
+    """
+    if value is None:
+        return "-"
+    return f"{100 * value:.1f} %" if is_share(metric) else f"{value:.3f}"
+
+
+def retention_text(quality: Mapping[str, Any]) -> str:
+    """What was kept, in percent, and its interval.
+
+    Args:
+        quality (`Mapping`): As `Retention.to_dict` gives it.
+    """
+    if quality["retention"] is None:
+        return "-"
+    low, high = quality["retention_interval"]
+    # Undefined if the teacher's metric was on any of the resamples.
+    interval = "-" if low is None or high is None else f"{100 * low:.1f}, {100 * high:.1f}"
+    return f"{100 * quality['retention']:.1f} [{interval}]"
 
 
 def is_trained(models: Sequence[Report]) -> bool:

@@ -83,6 +83,32 @@ def test_a_token_does_not_depend_on_the_others(fields):
         assert (module(token[None]) - alone).abs().max() <= (1e-6 if fields["activations"] == 32 else 0)
 
 
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("fields", EVERY)
+def test_a_token_that_is_not_finite_spoils_itself_alone(fields, dtype, wrong):
+    # Some numbers reach the ends of eight bits, with a sign or without.
+    module, hidden = make(fields), 2 * random(2, 5, 13).to(dtype)
+    with torch.inference_mode():
+        clean = module(hidden)
+        hidden[1, 2, 3] = wrong
+        found = module(hidden)
+        assert not found[1, 2].isfinite().any()
+        found[1, 2] = clean[1, 2]
+        assert torch.equal(found, clean)
+
+
+def test_sums_of_float16_have_room_until_they_are_scaled():
+    weight = random(4, 3072) / 100
+    module = BinaryLinear.from_float(weight, None, activations=32)
+    hidden = 30 * module.signs().half()
+    expected = hidden.float() @ module.dequantize().T
+    assert expected.max() < 1000
+    assert torch.allclose(module(hidden).float(), expected, rtol=1e-3, atol=0.1)
+    with torch.autocast("cpu", torch.float16):
+        assert torch.allclose(module(hidden.float()), expected, rtol=1e-3, atol=0.1)
+
+
 @pytest.mark.parametrize("fields", EVERY)
 def test_no_tokens_give_no_outputs(fields):
     assert make(fields)(random(2, 0, 13)).shape == (2, 0, 5)
@@ -114,6 +140,25 @@ def test_a_copy_that_gets_other_weights_computes_with_them(fields):
     third.load_state_dict(changed)
     assert torch.equal(second(hidden), third(hidden))
     assert not torch.equal(second(hidden), first(hidden))
+
+
+# Tensors made in inference mode do not count their changes in place.
+@pytest.mark.parametrize(
+    ("way", "is_inference"), [("in_place", False), *((way, on) for way in ("data", "buffer") for on in (False, True))]
+)
+def test_changed_signs_are_seen(way, is_inference):
+    with torch.inference_mode(is_inference):
+        module, hidden = make({"activations": 32}), random(4, 13)
+        other = copy.deepcopy(module)
+        other.weight = ~other.weight
+        module(hidden)
+        if way == "in_place":
+            module.weight.copy_(other.weight)
+        elif way == "data":
+            module.weight.data = other.weight
+        else:
+            module.weight = other.weight
+        assert torch.equal(module(hidden), other(hidden))
 
 
 @pytest.mark.parametrize("fields", EVERY)

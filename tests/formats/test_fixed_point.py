@@ -99,6 +99,15 @@ def test_rows_of_zeros_and_extremes(symmetric, kind):
     assert not rounded[0].any()
 
 
+@pytest.mark.parametrize("zeros", [None, torch.tensor([3], dtype=torch.int16)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+def test_integers_are_not_changed_by_what_reads_them(dtype, zeros):
+    integers = torch.tensor([5, -2], dtype=dtype)
+    z = 0 if zeros is None else 3
+    assert dequantize(integers, torch.tensor([0.5]), zeros).tolist() == [(5 - z) / 2, (-2 - z) / 2]
+    assert integers.tolist() == [5, -2]
+
+
 @pytest.mark.parametrize("bits", range(2, 17))
 def test_integers_are_packed_as_twos_complement(bits):
     half = 1 << (bits - 1)
@@ -202,6 +211,26 @@ def test_outputs_are_those_of_integer_arithmetic(bits, activation_bits, power, s
     # Whatever else is in the batch.
     assert torch.equal(module(tokens[1:, 2:3]), module(tokens)[1:, 2:3])
     assert module(tokens.to(torch.bfloat16)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_token_that_is_not_finite_spoils_itself_alone(symmetric, bits, dtype, wrong):
+    generator = torch.Generator().manual_seed(4)
+    weight, bias = torch.randn(6, 21, generator=generator), torch.randn(6, generator=generator)
+    settings = fields(bits, symmetric=symmetric, activation_bits=bits)
+    input_scales = fit_scales(torch.tensor([-3.0]), torch.tensor([2.0]), bits, symmetric, "float32")
+    module = FixedPointLinear.from_scales(weight, bias, minmax_scales(weight, settings), input_scales, **settings)
+    tokens = torch.randn(2, 5, 21, generator=generator).to(dtype)
+    with torch.inference_mode():
+        clean = module(tokens)
+        tokens[1, 2, 3] = wrong
+        found = module(tokens)
+        assert not found[1, 2].isfinite().any()
+        found[1, 2] = clean[1, 2]
+        assert torch.equal(found, clean)
 
 
 def slow_linear(module, numbers_in, input_scales, bias) -> torch.Tensor:

@@ -14,7 +14,7 @@ from hf_compress.formats.int8_kernels import (
     is_exact,
     kernel_for,
     largest_of_rows,
-    rescale,
+    rescale_,
 )
 
 EVERY = {kernel.name: kernel for kernel in (*CANDIDATES["cpu"], INT_MM_CUDA, FLOAT32)}
@@ -24,7 +24,7 @@ EXACT = [name for name, kernel in EVERY.items() if is_exact(kernel, "cpu")]
 
 def project(kernel: Kernel, tokens: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     numbers, factors = kernel.round_tokens(tokens)
-    return rescale(kernel.prepare(weight, scales)(numbers), factors, None)
+    return rescale_(kernel.prepare(weight, scales)(numbers), factors, None)
 
 
 def test_a_product_in_float32_is_always_exact():

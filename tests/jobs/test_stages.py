@@ -74,7 +74,7 @@ def test_another_version_continues_and_says_so(tmp_path, monkeypatch, caplog):
 
 
 def test_folder_that_was_opened_halfway_is_taken(tmp_path):
-    write(tmp_path, run__partial='{"half')
+    write(tmp_path, run__json__partial='{"half')
     open_run(tmp_path, SETTINGS, overwrite=False)
     assert list(files_of(tmp_path)) == ["run.json"]
 

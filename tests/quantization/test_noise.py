@@ -8,6 +8,7 @@ from hf_compress.quantization.config import FixedPointConfig, Int8DynamicConfig
 from hf_compress.quantization.noise import measure_noise, signal_to_noise
 from hf_compress.quantization.quantize import quantize
 from tests.modeling.tiny import MODEL_TYPES, tiny_batch, tiny_model
+from tests.quantization.without_float64 import WithoutFloat64
 
 
 def test_a_tenth_of_the_error_is_20_decibels():
@@ -19,6 +20,12 @@ def test_a_tenth_of_the_error_is_20_decibels():
     assert signal_to_noise(torch.zeros(2), signal) == -math.inf
     assert signal_to_noise(signal, torch.full((2,), torch.inf)) == -math.inf
     assert math.isnan(signal_to_noise(signal, torch.full((2,), torch.nan)))
+
+
+def test_sums_are_taken_where_there_is_float64():
+    signal = torch.tensor([3.0, 4.0])
+    on_device = signal.as_subclass(WithoutFloat64)
+    assert signal_to_noise(on_device, on_device * 0.9) == signal_to_noise(signal, signal * 0.9)
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)

@@ -4,6 +4,7 @@ import torch
 from hf_compress.formats.fixed_point import dequantize, fit_scales, quantize
 from hf_compress.quantization.observers import Histogram
 from hf_compress.quantization.ranges import mse_range, percentile_range
+from tests.quantization.without_float64 import WithoutFloat64
 
 
 def test_percentiles_leave_out_the_same_share_on_both_sides():
@@ -16,6 +17,8 @@ def test_percentiles_leave_out_the_same_share_on_both_sides():
     assert [float(limit) for limit in percentile_range(values, counts, 99.8)] == [0, 1]
     assert [float(limit) for limit in percentile_range(values, counts, 99.95)] == [-5, 9]
     assert [float(limit) for limit in percentile_range(values[:, :1], counts[:1], 99)] == [-5, -5]
+    on_device = (tensor.as_subclass(WithoutFloat64) for tensor in (values, counts))
+    assert [float(limit) for limit in percentile_range(*on_device, 99.8)] == [0, 1]
 
 
 @pytest.mark.parametrize("kind", ["float32", "power_of_two"])
