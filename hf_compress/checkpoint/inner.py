@@ -60,15 +60,33 @@ def make_safe_(model: "PreTrainedModel", inner: HfQuantizer) -> None:
         make_exact_(model)
 
 
-def unpack_(model: "PreTrainedModel") -> None:
-    """Undoes what an inference did to the weights of modules of another library.
+def dequantize_(model: "PreTrainedModel", inner: HfQuantizer, dtype: torch.dtype | None) -> "PreTrainedModel":
+    """Turns modules of another library back into projections as the architecture has them.
 
     Args:
-        model (`PreTrainedModel`): Is changed; it computes the same.
+        model (`PreTrainedModel`): Is changed.
+        inner (`HfQuantizer`): The other library's quantizer.
+        dtype (`torch.dtype`, *optional*): Of the weights.
+
+    Returns:
+        `PreTrainedModel`: The model.
     """
-    for module in model.modules():
+    # Imported here because importing hf_compress must not import the models' code.
+    from transformers.pytorch_utils import Conv1D
+
+    from hf_compress.modeling.projections import as_conv1d
+
+    transposed = []
+    for name, module in model.named_modules():
+        if issubclass(getattr(module, "source_cls", torch.nn.Linear), Conv1D):
+            transposed.append(name)
         if hasattr(module, "unpack_"):
+            # An inference has rearranged the weights.
             module.unpack_()
+    model = inner._dequantize(model, dtype=dtype)
+    for name in transposed:
+        model.set_submodule(name, as_conv1d(model.get_submodule(name)))
+    return model
 
 
 def plain_dtypes(model: "PreTrainedModel", inner: HfQuantizer) -> dict[str, torch.dtype]:

@@ -14,13 +14,13 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from hf_compress.checkpoint.config import METHOD, CompressionConfig
 from hf_compress.checkpoint.inner import (
     cast_plain_,
+    dequantize_,
     inner_quantizer,
     make_safe_,
     mark_inner_,
     plain_dtypes,
     stored_conversions,
     stored_state,
-    unpack_,
 )
 
 if TYPE_CHECKING:
@@ -151,8 +151,7 @@ class CompressionQuantizer(HfQuantizer):
                 f"{type(model).__name__} is in a number format of hf_compress, which is not turned back into floating "
                 "point: load the model that it was made from."
             )
-        unpack_(model)
-        return self.inner._dequantize(model, dtype=dtype)
+        return dequantize_(model, self.inner, dtype)
 
     def remove_quantization_config(self, model: "PreTrainedModel") -> None:
         """Takes the number format out of the config, and leaves what else the next load needs."""

@@ -49,6 +49,11 @@ def read_batch(model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
     return read
 
 
+def read_inputs(model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
+    """The columns of a batch that a model predicts from, see `read_batch`: without labels."""
+    return {name: value for name, value in read_batch(model, batch).items() if name not in TARGETS}
+
+
 def _check_unmasked(model: nn.Module, input_ids: torch.Tensor) -> None:
     pad = model.config.get_text_config().pad_token_id
     if pad is not None and (input_ids == pad).any():

@@ -61,6 +61,15 @@ def keep_inputs_(projection: nn.Module, indices: list[int]) -> None:
         projection.in_features = len(indices)
 
 
+def as_conv1d(linear: nn.Linear) -> Conv1D:
+    """The `Conv1D` that computes what an `nn.Linear` does, with the same bias."""
+    with torch.device("meta"):
+        projection = Conv1D(linear.out_features, linear.in_features)
+    projection.weight = nn.Parameter(linear.weight.detach().T.contiguous(), linear.weight.requires_grad)
+    projection.bias = linear.bias
+    return projection.train(linear.training)
+
+
 def without_inputs(projection: nn.Module) -> nn.Linear:
     """What is left of a projection that has no inputs any more: its bias, the same parameter, or zeros.
 

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_compress.formats.packed import version
 from hf_compress.modeling.projections import out_width, read_matrix
 from hf_compress.pruning.sparse_formats import PACKERS, SparseFormat, why_not
 
@@ -111,9 +112,7 @@ def make_dense_(module: nn.Module) -> None:
 
 
 def _state(weight: torch.Tensor) -> tuple[Any, ...]:
-    # Tensors made in inference mode have no version.
-    version = 0 if weight.is_inference() else weight._version
     # Adapters are merged past the version; some numbers show that, and cost a wait on other devices.
     step = max(1, weight.numel() // _N_SEEN)
     seen = tuple(weight.detach().flatten()[::step].tolist()) if weight.device.type == "cpu" else None
-    return version, weight.data_ptr(), weight.dtype, weight.device, seen
+    return version(weight), weight.dtype, weight.device, seen

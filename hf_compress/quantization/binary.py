@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 
 from hf_compress.formats.binary import FLOAT, BinaryLinear, binary_rows, input_levels, round_inputs
 from hf_compress.formats.packed import PackedModule
+from hf_compress.modeling.batches import read_inputs
+from hf_compress.modeling.modes import evaluating
 from hf_compress.modeling.projections import in_width, read_matrix
 from hf_compress.modeling.tasks import without_cache
 from hf_compress.quantization.config import BinaryConfig
@@ -25,7 +27,6 @@ from hf_compress.quantization.fake_quant import (
     straight_through,
 )
 from hf_compress.quantization.modules import check_finite, choose_modules, replace_
-from hf_compress.quantization.observers import read_batch
 
 logger = logging.getLogger(__name__)
 
@@ -267,12 +268,10 @@ def fit_inputs_(model: PreTrainedModel, batches: Iterable[Mapping[str, torch.Ten
     """
     elastic = {name: module.input_norm for name, module in fake_quantized(model)}
     before = {name: copy.deepcopy(inputs.state_dict()) for name, inputs in elastic.items()}
-    training = {module: module.training for module in model.modules()}
-    model.eval()
     try:
         for inputs in elastic.values():
             inputs.begin_fit_(bits)
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             for batch in batches:
                 model(**without_cache(model, batch))
         wrong = [name for name, inputs in elastic.items() if not inputs.end_fit_()]
@@ -286,9 +285,6 @@ def fit_inputs_(model: PreTrainedModel, batches: Iterable[Mapping[str, torch.Ten
             inputs.end_fit_()
             inputs.load_state_dict(before[name])
         raise
-    finally:
-        for module, was_training in training.items():
-            module.training = was_training
 
 
 def read_batches(
@@ -310,7 +306,7 @@ def read_batches(
     """
     if bits == FLOAT:
         return []
-    batches = [read_batch(model, batch) for batch in data or ()]
+    batches = [read_inputs(model, batch) for batch in data or ()]
     if not batches:
         raise ValueError(
             f"activations={bits} needs data, which the scales of the inputs are fitted to, but there is no batch: "

@@ -68,6 +68,8 @@ def quantize_bitsandbytes_(model: PreTrainedModel, config: BitsAndBytesConfig, d
     # Widths are read from the projections, which are there no longer afterwards.
     write_widths_(model)
     for name, module in made.items():
+        # As Transformers notes it, for whoever turns the module back.
+        module.source_cls = type(modules[name])
         model.set_submodule(name, module)
     _mark_(model, written)
 

@@ -9,10 +9,10 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from hf_compress.modeling.batches import read_inputs
 from hf_compress.modeling.blocks import find_blocks
-from hf_compress.modeling.tasks import IGNORED, forward_columns, without_cache
-
-_TARGETS = ("labels", "start_positions", "end_positions")
+from hf_compress.modeling.modes import evaluating
+from hf_compress.modeling.tasks import without_cache
 
 
 class Histogram:
@@ -104,16 +104,14 @@ def visit_inputs(
             attention mask tells tokens from padding, else (..., channels).
 
     Raises:
-        ValueError: if there is no batch.
+        ValueError: if there is no batch, or one has no input of the model, or padding that is not marked.
         TypeError: if the batches are no dicts of tensors.
     """
     in_decoder = _modules_of_decoder(model)
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with evaluating(model):
         n_batches = 0
         for batch in tqdm(data, desc="Measuring ranges", unit="batch"):
-            inputs = read_batch(model, batch)
+            inputs = read_inputs(model, batch)
             with torch.no_grad(), ExitStack() as hooks:
                 for name, module in modules.items():
                     mask = _mask(inputs, module in in_decoder)
@@ -124,53 +122,8 @@ def visit_inputs(
                     hooks.enter_context(module.register_forward_pre_hook(hook))
                 model(**without_cache(model, inputs))
             n_batches += 1
-    finally:
-        for module, was_training in training.items():
-            module.training = was_training
     if not n_batches:
         raise ValueError("The calibration data hold no batch: give an iterable of dicts of tensors, a DataLoader say.")
-
-
-def read_batch(model: PreTrainedModel, batch: Any) -> dict[str, torch.Tensor]:
-    """The columns of a batch that a model's forward takes, on its device.
-
-    Args:
-        model (`PreTrainedModel`): The model.
-        batch (`Any`): What the user gave.
-
-    Returns:
-        `dict[str, torch.Tensor]`: Without labels, of which what a decoder reads is made.
-
-    Raises:
-        ValueError: if the model's main input is missing.
-        TypeError: if the batch is no dict of tensors.
-    """
-    if not isinstance(batch, Mapping) or not all(isinstance(value, torch.Tensor) for value in batch.values()):
-        raise TypeError(
-            f"A calibration batch is a {type(batch).__name__}, where a dict of tensors is needed: give what "
-            "`tokenizer(texts, padding=True, return_tensors='pt')` returns, or a DataLoader with a data collator."
-        )
-    wanted = forward_columns(model)
-    if not (model.config.is_encoder_decoder and "decoder_input_ids" not in batch):
-        # Otherwise, the decoder reads the labels, shifted.
-        wanted = wanted - set(_TARGETS)
-    read = {name: value.to(model.device) for name, value in batch.items() if name in wanted}
-    if model.main_input_name not in read and "inputs_embeds" not in read:
-        raise ValueError(
-            f"A calibration batch has the columns {sorted(batch)}, but {type(model).__name__} needs "
-            f"{model.main_input_name!r}: give tokenized batches."
-        )
-    if not hasattr(model, "prepare_decoder_input_ids_from_labels"):
-        # A classifier's decoder reads what its encoder does.
-        read = {name: value for name, value in read.items() if name not in _TARGETS}
-    elif "labels" in batch:
-        labels = batch["labels"].to(model.device)
-        read.pop("labels", None)
-        if "decoder_input_ids" not in read:
-            read["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
-        # Position i of the decoder predicts label i; where there is none, it reads padding.
-        read.setdefault("decoder_attention_mask", (labels != IGNORED).long())
-    return read
 
 
 def _modules_of_decoder(model: PreTrainedModel) -> set[nn.Module]:

@@ -84,7 +84,9 @@ def test_turned_back_into_floating_point(model_type, format_name, tmp_path):
     assert not quantized_names(back)
     reloaded = reload(back, tmp_path / "float")
     assert_same(reloaded, back)
-    assert difference(predict(reloaded, tiny_batch(model)), expected) < 0.1
+    outputs = predict(reloaded, tiny_batch(model))
+    # Not equal: activations of 8 bits, and scales of 4-bit blocks, are rounded once more while they run.
+    assert (outputs - expected).norm() < 0.05 * expected.norm()
 
 
 def test_formats_of_our_own_are_not_turned_back(bert):
@@ -254,6 +256,7 @@ def one_module(model, **fields) -> nn.Module:
 
 
 def test_the_threshold_saves_outliers(bert):
+    torch.manual_seed(0)
     exact = bert.bert.encoder.layer[0].intermediate.dense
     inputs = torch.randn(5, exact.in_features) * torch.tensor([30.0] + [1.0] * (exact.in_features - 1))
     rounded, mixed = (one_module(bert, load_in_8bit=True, llm_int8_threshold=limit)(inputs) for limit in (0.0, 6.0))
