@@ -1,6 +1,5 @@
 """How long forward passes take, and under which conditions that was measured."""
 
-import platform
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -13,6 +12,7 @@ from torch import nn
 
 from hf_compress.evaluation.inference import inference, model_inputs
 from hf_compress.modeling.tasks import count_rows, unwrap
+from hf_compress.modeling.timing import processor_name, wait_for
 
 
 @dataclass(frozen=True)
@@ -133,11 +133,9 @@ def conditions_of(
     Returns:
         `Conditions`: Device, processor, threads, sizes and versions.
     """
-    is_cuda = device.type == "cuda"
-    cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     return Conditions(
         device=str(device),
-        processor=torch.cuda.get_device_name(device) if is_cuda else cpu,
+        processor=processor_name(device),
         threads=torch.get_num_threads(),
         batch_size=count_rows(batch),
         sequence_length=batch["input_ids"].shape[1] if "input_ids" in batch else None,
@@ -149,17 +147,11 @@ def conditions_of(
 
 
 def _time_forward(model: nn.Module, inputs: Mapping[str, torch.Tensor], device: torch.device) -> float:
-    _wait_for(device)
+    wait_for(device)
     start = time.perf_counter()
     model(**inputs)
-    _wait_for(device)
+    wait_for(device)
     return time.perf_counter() - start
-
-
-def _wait_for(device: torch.device) -> None:
-    # Kernels of an accelerator run on after Python has returned.
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def _summarise(times: list[float], model: nn.Module, batch_size: int) -> Latency:

@@ -18,6 +18,7 @@ from hf_compress.evaluation.stored import StoredTensor, build_skeleton, names_in
 from hf_compress.modeling.blocks import FFN, Block, embedding_names, find_blocks, find_module, find_stacks, join
 from hf_compress.modeling.blocks import task_head_names as head_names
 from hf_compress.modeling.tasks import unwrap
+from hf_compress.modeling.timing import wait_for
 
 EMBEDDINGS, ATTENTION, FEED_FORWARD, HEAD, OTHER = "embeddings", "attention", "feed-forward", "head", "other"
 PARTS = (EMBEDDINGS, ATTENTION, FEED_FORWARD, HEAD, OTHER)
@@ -196,7 +197,5 @@ class _Clock:
         return spent | {OTHER: whole - sum(spent.values())}
 
     def _now(self) -> float:
-        # Kernels of an accelerator run on after Python has returned.
-        if self._device.type != "cpu":
-            torch.accelerator.synchronize(self._device)
+        wait_for(self._device)
         return time.perf_counter()

@@ -5,7 +5,6 @@ timed in the block that it belongs to, with the arguments that the model really 
 """
 
 import copy
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ from torch import nn
 from hf_compress.modeling.blocks import Block, find_blocks
 from hf_compress.modeling.removal import can_remove
 from hf_compress.modeling.tasks import count_rows, unwrap, without_cache
+from hf_compress.modeling.timing import processor_name, wait_for
 from hf_compress.pruning.batches import Batch, read_batches
 from hf_compress.pruning.cutting import cut_
 from hf_compress.pruning.sensitivity import frozen
@@ -236,18 +236,12 @@ def time_in_turn(calls: Sequence[Callable[[], Any]], device: torch.device, n_war
     times = np.empty((n_warmup + n_runs, len(calls)))
     for run in times:
         for index, call in enumerate(calls):
-            _wait_for(device)
+            wait_for(device)
             start = time.perf_counter()
             call()
-            _wait_for(device)
+            wait_for(device)
             run[index] = 1000 * (time.perf_counter() - start)
     return times[n_warmup:]
-
-
-def _wait_for(device: torch.device) -> None:
-    # Kernels of an accelerator run on after Python has returned.
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def _check_levels(sites: Sequence[Site], levels: Mapping[Site, Sequence[int]]) -> dict[Site, tuple[int, ...]]:
@@ -346,11 +340,9 @@ def _smooth(widths: Sequence[int], runs: np.ndarray, total: float) -> tuple[np.n
 
 def _conditions(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     device = model.device
-    is_cuda = device.type == "cuda"
-    cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     return {
         "device": str(device),
-        "processor": torch.cuda.get_device_name(device) if is_cuda else cpu,
+        "processor": processor_name(device),
         "threads": torch.get_num_threads(),
         "dtype": str(model.dtype).removeprefix("torch."),
         "batch_size": count_rows(inputs),
