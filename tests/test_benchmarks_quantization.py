@@ -53,12 +53,23 @@ def test_float32_loses_nothing(tiny):
     assert cell["disk"]["covered"] is None
 
 
-def test_drawn_texts_need_seeds(tiny, monkeypatch):
+def test_each_seed_is_another_teacher(tiny):
+    _, bench = tiny
+    logits = [bench.outputs("trec", bench.teacher("trec", seed)).logits for seed in (0, 1)]
+    assert not np.array_equal(*logits)
+    for seed in (0, 1):
+        cells = {name: bench.cell("trec", name, seed) for name in ("float32", "int8")}
+        assert cells["float32"]["logit_error"] == 0
+        assert 0 < cells["int8"]["logit_error"] < 0.1
+    stored = bench.stored("trec", "int8", 3)
+    assert [cell["float32"] for cell in stored] == [bench.cell("trec", "float32", seed)["score"] for seed in (0, 1)]
+    assert bench.stored("trec", "nf4", 3) == []
+
+
+def test_pruned_models_are_made_once(tiny, monkeypatch):
     module, bench = tiny
     # A third is less than this small a model can be cut to.
     monkeypatch.setattr(module, "BUDGET", 0.5)
-    drawn = {name for name in module.METHODS if len(module.seeds_of(name, 3)) == 3}
-    assert drawn == {"fixed-8-static", "pruned", "pruned-int8", "pruned-fixed-4"}
     assert bench.cell("trec", "fixed-8-static", 1)["score"] >= 0
     cells = [bench.cell("trec", name, 1) for name in ("pruned", "pruned-int8", "pruned-fixed-4")]
     sizes = [cell["disk"]["bytes"] for cell in cells]
@@ -70,7 +81,7 @@ def test_drawn_texts_need_seeds(tiny, monkeypatch):
 def test_errors_of_baselines_are_results(tiny, monkeypatch):
     module, bench = tiny
 
-    def broken(bench, task):
+    def broken(bench, task, seed):
         raise AssertionError("N must be divisible")
 
     monkeypatch.setitem(module.BASELINES, "stock-nf4", broken)
@@ -84,7 +95,7 @@ def test_errors_of_baselines_are_results(tiny, monkeypatch):
 
 
 def cell_of(score, agreement=0.5, covered=0.25):
-    return {"score": score, "rows": 200, "agreement": agreement, "logit_error": 0.1,
+    return {"score": score, "float32": 0.8, "rows": 200, "agreement": agreement, "logit_error": 0.1,
             "disk": {"bytes": 10**6, "file": 0.5, "covered": covered}}  # fmt: skip
 
 
