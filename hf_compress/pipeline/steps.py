@@ -126,7 +126,7 @@ def _quantize(place: Place, data: "TaskData", seed: int, model: Any, tokenizer: 
     texts = batches if needs_texts(config) else None
     gate = {}
     if step.max_drop is not None:
-        if data.held_out is None:
+        if not data.held_out:
             logger.warning(
                 "What %s keeps in floating point is chosen by max_drop on rows of train, which the model may know: "
                 "add a split validation beside test.",

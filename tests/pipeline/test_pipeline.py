@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import load_dataset
+from datasets import Dataset, DatasetDict, load_dataset
 from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -346,3 +346,15 @@ def test_no_room_on_the_disk(tmp_path, monkeypatch):
     compress(replace(recipe, steps=recipe.steps[:3]), tmp_path / "out")
     after = left_behind(tmp_path / "out")["weights"]
     assert {name: after[name] for name in before} == before
+
+
+@pytest.mark.parametrize("n_held_out", [None, 0, 8])
+def test_a_choice_on_rows_to_learn_from_is_said(n_held_out, tmp_path, caplog):
+    save_tiny_bert(tmp_path / "model")
+    recipe = tiny_recipe(tmp_path, steps=[QuantizeStep("int8", max_drop=1.0)])
+    splits = DatasetDict({"train": Dataset.from_list(tiny_texts(24)), "test": Dataset.from_list(tiny_texts(8, 2))})
+    if n_held_out is not None:
+        splits["validation"] = Dataset.from_list(tiny_texts(8, seed=3)).select(range(n_held_out))
+        recipe.data.eval_split = "test"
+    compress(recipe, tmp_path / "out", splits=splits)
+    assert ("is chosen by max_drop on rows of train" in caplog.text) == (not n_held_out)
