@@ -15,6 +15,36 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Bytes of a bitmask that are unpacked at a time: positions are numbers of 64 bits, which would fill memory and caches.
 _CHUNK = 1 << 15
 
+# Bytes that an arena takes at a time. NumPy asks for large pages from 4 MiB on.
+_PIECE = 1 << 25
+
+
+class Arena:
+    """Memory for arrays that come and go together, taken from the system in large pieces.
+
+    Writing to fresh memory takes as long as unpacking into it where the system hands it out in pages of 4 KiB, and a
+    fraction of that in the large pages that large pieces get. A piece is given back when none of its arrays is used.
+    """
+
+    def __init__(self) -> None:
+        self._piece = np.empty(0, np.uint8)
+
+    def empty(self, n: int, dtype: np.dtype) -> np.ndarray:
+        """An array whose elements are not set.
+
+        Args:
+            n (`int`): How many elements.
+            dtype (`np.dtype`): Their type.
+
+        Returns:
+            `np.ndarray`: Of one dimension.
+        """
+        n_bytes = n * dtype.itemsize
+        if n_bytes > len(self._piece):
+            self._piece = np.empty(max(n_bytes, _PIECE), np.uint8)
+        array, self._piece = self._piece[:n_bytes], self._piece[n_bytes + -n_bytes % 64 :]
+        return array.view(dtype)
+
 
 def pack_sparse(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Leaves out the zeros of a tensor.
@@ -36,13 +66,16 @@ def pack_sparse(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return values, torch.from_numpy(bitmask)
 
 
-def unpack_sparse(values: torch.Tensor, bitmask: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+def unpack_sparse(
+    values: torch.Tensor, bitmask: torch.Tensor, shape: Sequence[int], arena: Arena | None = None
+) -> torch.Tensor:
     """The dense tensor, bit for bit, that `pack_sparse` left the zeros out of.
 
     Args:
         values (`torch.Tensor`): The elements that are stored.
         bitmask (`torch.Tensor`): Where they belong.
         shape (`Sequence[int]`): The shape of the dense tensor; nothing else decides how much memory is taken.
+        arena (`Arena`, *optional*): Where that memory is; its own without.
 
     Returns:
         `torch.Tensor`: On the CPU.
@@ -55,7 +88,8 @@ def unpack_sparse(values: torch.Tensor, bitmask: torch.Tensor, shape: Sequence[i
     _check_sparse(values, bitmask, shape, n_columns)
     source = _as_integers(values)
     rows = bitmask.cpu().numpy().reshape(-1, max(1, bitmask.shape[-1]))
-    dense = np.empty(math.prod(shape), source.dtype)
+    take = arena.empty if arena else np.empty
+    dense = take(math.prod(shape), source.dtype)
     n_rows = max(1, _CHUNK // rows.shape[1])
     first = 0
     for start in range(0, len(rows), n_rows):

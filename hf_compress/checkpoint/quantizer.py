@@ -59,10 +59,10 @@ class CompressionQuantizer(HfQuantizer):
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: "PreTrainedModel") -> list[Any]:
         """Adds the conversions of the other library, and of the weights that are stored without their zeros."""
-        from hf_compress.checkpoint.sparse import sparse_conversions
+        from hf_compress.checkpoint.sparse import loading_conversions
 
         # Before those of the other library, which may be for whatever is called a weight: the first match counts.
-        conversions = weight_conversions + sparse_conversions(self._sparse, self._refused)
+        conversions = weight_conversions + loading_conversions(self._sparse, self._refused)
         return stored_conversions(self.inner.update_weight_conversions(conversions, model), self.inner)
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_: Any) -> "PreTrainedModel":

@@ -4,6 +4,7 @@ Transformers converts weights between the layouts of checkpoints and models, bot
 sparse weight gets such a conversion, so a model needs nothing else to stay sparse on disk.
 """
 
+import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from transformers.core_model_loading import ConversionOps, PrefixChange, WeightC
 from hf_compress.checkpoint.config import CompressionConfig
 from hf_compress.checkpoint.names import find_name, is_same_class
 from hf_compress.checkpoint.packed_modules import read_formats
-from hf_compress.checkpoint.packing import pack_sparse, unpack_sparse
+from hf_compress.checkpoint.packing import Arena, pack_sparse, unpack_sparse
 from hf_compress.formats.packed import PackedModule
 from hf_compress.modeling.tasks import unwrap
 
@@ -84,7 +85,7 @@ def write_config_(model: "PreTrainedModel", widths: dict[str, dict[str, int]] | 
         model.config.quantization_config = CompressionConfig(widths, sparse or None, formats, inner)
     if sparse or "_weight_conversions" in vars(model):
         others = [conversion for conversion in _conversions(model) if not _is_sparse(conversion)]
-        model._weight_conversions = others + sparse_conversions(sparse, [])
+        model._weight_conversions = others + saving_conversions(sparse)
     if sparse and not any(_unpack_state_dict_ is hook.hook for hook in model._load_state_dict_pre_hooks.values()):
         model.register_load_state_dict_pre_hook(_unpack_state_dict_)
 
@@ -109,20 +110,37 @@ def match_parameters(model: "PreTrainedModel", names: list[str]) -> dict[str, st
     return matches
 
 
-def sparse_conversions(names: Iterable[str], refused: list[str]) -> list[WeightConverter]:
-    """What Transformers does with weights without zeros when it loads and saves.
+def loading_conversions(names: Iterable[str], refused: list[str]) -> list[WeightConverter]:
+    """What Transformers does with weights without zeros when it loads.
 
     Args:
-        names (`Iterable[str]`): Names of weights, in the checkpoint when it is loaded, in the model when it is saved.
+        names (`Iterable[str]`): Names of weights in the checkpoint.
         refused (`list[str]`): Takes what is wrong with weights that were loaded. Transformers would only log an
             exception, and raise one without the reason.
+
+    Returns:
+        `list[WeightConverter]`: One for all weights, since each is tried on each tensor; none without weights.
+    """
+    weight = "^(" + "|".join(map(re.escape, names)) + ")"
+    return [_conversion([f"{weight}$", f"{weight}{BITMASK}$"], r"\1", refused)] if names else []
+
+
+def saving_conversions(names: Iterable[str]) -> list[WeightConverter]:
+    """What Transformers undoes, and so leaves out zeros, when it saves.
+
+    Args:
+        names (`Iterable[str]`): Names of weights in the model.
 
     Returns:
         `list[WeightConverter]`: One for each weight.
     """
     patterns = ["^" + name.replace(".", r"\.") for name in names]
+    return [_conversion([name, name + BITMASK], name, []) for name in patterns]
+
+
+def _conversion(sources: list[str], target: str, refused: list[str]) -> WeightConverter:
     # The tensors are unpacked where NumPy can reach them; Transformers then moves the weight to its device.
-    return [WeightConverter([name, name + BITMASK], name, [_Unpack(refused)], force_cpu=True) for name in patterns]
+    return WeightConverter(sources, target, [_Unpack(refused)], force_cpu=True)
 
 
 class _Unpack(ConversionOps):
@@ -130,9 +148,10 @@ class _Unpack(ConversionOps):
 
     def __init__(self, refused: list[str]) -> None:
         self.refused = refused
+        self.arena = Arena()
 
     def __deepcopy__(self, memo: dict) -> "_Unpack":
-        # Transformers copies a conversion for each weight, but there is one list.
+        # Transformers copies a conversion for each weight, but there is one list and one arena.
         return self
 
     def convert(
@@ -148,7 +167,8 @@ class _Unpack(ConversionOps):
         if bitmask is None:
             return {full_layer_name: values}
         try:
-            return {full_layer_name: _unpack(values, bitmask, model.get_parameter_or_buffer(full_layer_name))}
+            weight = model.get_parameter_or_buffer(full_layer_name)
+            return {full_layer_name: _unpack(values, bitmask, weight, self.arena)}
         except ValueError as error:
             self.refused.append(f"{full_layer_name}: {error}")
             return {}
@@ -179,13 +199,15 @@ class _Pack(ConversionOps):
         return {name: tensor}
 
 
-def _unpack(values: torch.Tensor | None, bitmask: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def _unpack(
+    values: torch.Tensor | None, bitmask: torch.Tensor, weight: torch.Tensor, arena: Arena | None = None
+) -> torch.Tensor:
     if values is None:
         raise ValueError(
             "the checkpoint has its bitmask, but not its values: get the file again, or, if it is one of several "
             "shards, load the folder with from_pretrained."
         )
-    return unpack_sparse(values, bitmask, weight.shape)
+    return unpack_sparse(values, bitmask, weight.shape, arena)
 
 
 def _unpack_state_dict_(model: "PreTrainedModel", state_dict: dict[str, torch.Tensor], prefix: str, *_: Any) -> None:

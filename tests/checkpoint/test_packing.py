@@ -1,9 +1,10 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from hf_compress.checkpoint.packing import pack_sparse, unpack_sparse
+from hf_compress.checkpoint.packing import Arena, pack_sparse, unpack_sparse
 from hf_compress.formats.bits import pack_bits
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn]
@@ -67,6 +68,21 @@ def test_tensors_that_are_views_parameters_or_large():
     # Longer than what is unpacked at a time, and no multiple of it.
     large = random((1031, 771), torch.float16)
     assert same_bits(unpack_sparse(*pack_sparse(large), large.shape), large)
+
+
+def test_tensors_in_one_arena_are_apart():
+    arena = Arena()
+    tensors = [random((n, 61), dtype, seed=n) for n, dtype in enumerate(DTYPES)]
+    # One is larger than the pieces that an arena takes.
+    tensors.insert(4, random((3000, 3000), torch.float32))
+    found = [unpack_sparse(*pack_sparse(tensor), tensor.shape, arena) for tensor in tensors]
+    for one, tensor in zip(found, tensors, strict=True):
+        assert same_bits(one, tensor)
+        assert one.untyped_storage().nbytes() == tensor.nbytes
+    found[1].fill_(1)
+    del found[2]
+    assert all(same_bits(*pair) for pair in zip(found[2:], tensors[3:], strict=True))
+    assert arena.empty(0, np.dtype(np.int16)).shape == (0,)
 
 
 @pytest.mark.parametrize(("dtype", "sparsity", "bound"), [(torch.float16, 0.5, 0.58), (torch.float32, 0.7, 0.35)])
