@@ -32,12 +32,11 @@ reports what there is. The seconds of a cell are wall time of a machine that did
 
 import argparse
 import json
-import math
 import platform
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,8 +45,9 @@ import torch
 import transformers
 from datasets import Dataset
 from quality_embeddings import cut_score, imitate, sentences, similarity_score
+from quality_general import GENERAL, general_rows, general_trainer
 from quality_report import compare, summarise, table
-from quality_tasks import TASKS, Task, with_noisy_copies
+from quality_tasks import PLANS, TASKS, Plan, Task, with_noisy_copies
 from transformers import (
     AutoModel,
     AutoTokenizer,
@@ -63,35 +63,6 @@ from hf_compress.demo import packaged_folder
 from hf_compress.evaluation.inference import predict
 from hf_compress.jobs.stages import train_once
 
-
-@dataclass(frozen=True)
-class Plan:
-    """What was chosen for a task: how its teacher is trained, and the budget of every student."""
-
-    teacher_rate: float
-    teacher_epochs: float
-    teacher_batch: int
-    rows: int
-    epochs: int
-    batch: int
-    plain: tuple[float, ...]  # learning rates to choose from
-    layers: str = "spread"  # which of the teacher's layers all its students start from
-    noisy: tuple[float, ...] = ()  # those of "plain"
-    distilled: tuple[float, ...] = (8e-4,)
-    textbrewer: tuple[float, ...] = (8e-4,)
-
-    def steps(self, n_rows: int) -> int:
-        return math.ceil(min(self.rows, n_rows) / self.batch) * self.epochs
-
-
-PLANS = {
-    "trec": Plan(1e-4, 4, 32, rows=5_500, epochs=12, batch=32, plain=(1e-4, 3e-4)),
-    "wnut_17": Plan(2e-4, 5, 32, rows=3_394, epochs=6, batch=16, plain=(2e-4, 5e-4), layers="first"),
-    "stsb": Plan(2e-4, 5, 32, rows=5_749, epochs=6, batch=16, plain=(1e-4, 3e-4)),
-    "mrpc": Plan(1e-4, 4, 32, rows=3_668, epochs=6, batch=16, plain=(1e-4, 3e-4)),
-    "sst2": Plan(8e-5, 1, 96, rows=67_349, epochs=1, batch=32, plain=(1e-4, 3e-4)),
-    "squad": Plan(2e-4, 2, 48, rows=1_500, epochs=4, batch=16, plain=(2e-4, 5e-4)),
-}
 RECIPES: dict[str, dict[str, Any]] = {
     "distilled": {"alpha": 1.0, "temperature": 2.0, "terms": [hc.TermConfig("hidden_mse", weight=10.0)]},
     # KL / T^2 * T^2 + the sum of three layers' errors, all times 64; without clipping AdamW does not see the factor.
@@ -102,7 +73,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "max_grad_norm": 0.0,
     },
 }
-DEPTHS = {"plain": (3, 2), "noisy": (3,), "distilled": (3, 2), "textbrewer": (3,)}
+DEPTHS = {"plain": (3, 2), "noisy": (3,), "on_general": (3,), "distilled": (3, 2), "textbrewer": (3,)}
 # The teacher's layers that three (2, 4, 6) and two (3, 6) layers imitate.
 SIGNALS = {"distilled": (2, 3, 4, 6), "textbrewer": (2, 4, 6)}
 COMMON = {
@@ -223,12 +194,28 @@ class Bench:
             self.lessons[name, kind] = rows, cache
         return self.lessons[name, kind]
 
+    def general(self, config: hc.StudentConfig) -> tuple[PreTrainedModel, PreTrainedModel]:
+        """A student of the model that all teachers come from, trained first if need be; and as it was cut."""
+        settings = {"attn_implementation": "eager", "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        base = AutoModel.from_pretrained(self.base, **settings)
+        folder = self.folder / f"general-{config.num_layers}-{config.layers}"
+
+        def make(work: Path) -> Trainer:
+            rows = general_rows(self.data, self.prepared, self.tokenizer)
+            return general_trainer(base, config, rows, self.tokenizer, COMMON, work)
+
+        train_once(folder, make)
+        return AutoModel.from_pretrained(folder, **settings), hc.make_student(base, config)
+
     def student(self, name: str, kind: str, depth: int, rate: float, seed: int) -> dict[str, float]:
         plan, task = PLANS[name], TASKS[name]
 
         def make(work: Path) -> Trainer:
             teacher = self.load(task, self.folder / f"{name}-teacher")
-            model = hc.make_student(teacher, hc.StudentConfig(num_layers=depth, layers=plan.layers))
+            config = hc.StudentConfig(num_layers=depth, layers=plan.layers)
+            model = hc.make_student(teacher, config)
+            if starts_general(plan, kind):
+                hc.add_general_(model, *self.general(config))
             # Updating 30,522 rows takes a quarter of a small student's step.
             model.get_input_embeddings().weight.requires_grad_(False)
             rows = self.student_rows(name)
@@ -246,7 +233,7 @@ class Bench:
                 "processing_class": self.tokenizer,
                 "data_collator": self.collator(task),
             }
-            if kind in ("plain", "noisy"):
+            if kind not in RECIPES:
                 rows = self.noisy_rows(name) if kind == "noisy" else rows
                 return Trainer(args=TrainingArguments(**arguments), train_dataset=rows, **shared)
             rows, cache = self.lesson(name, kind)
@@ -255,14 +242,17 @@ class Bench:
                 args=args, train_dataset=rows, teacher=teacher, teacher_cache=cache, **shared
             )
 
-        settings = {key: getattr(plan, key) for key in ("rows", "epochs", "batch", "layers")} | lesson_settings(kind)
+        settings = {key: getattr(plan, key) for key in ("rows", "epochs", "batch", "layers")}
+        settings |= lesson_settings(plan, kind)
         return self.cell(name, student_name(kind, depth, rate, seed), settings, make)
 
     def run(self, name: str, kind: str) -> None:
         """All cells of a kind of student on a task."""
-        if kind == "noisy" and PLANS[name].epochs == 1:
-            return  # These rows are read once, as they are.
-        rates = rates_of(PLANS[name], kind)
+        plan = PLANS[name]
+        # Rows that are read once are read as they are.
+        if (kind == "noisy" and plan.epochs == 1) or (kind == "on_general" and not plan.general):
+            return
+        rates = rates_of(plan, kind)
         scores = {rate: self.student(name, kind, 3, rate, seed=0)["held_out"] for rate in rates}
         best = max(scores, key=scores.get)
         for depth in DEPTHS[kind]:
@@ -323,7 +313,7 @@ class Bench:
 
 def rates_of(plan: Plan, kind: str) -> tuple[float, ...]:
     """The learning rates that a kind of student chooses from."""
-    return getattr(plan, kind) or plan.plain
+    return getattr(plan, kind, plan.plain)
 
 
 def teacher_name(seed: int) -> str:
@@ -334,11 +324,17 @@ def student_name(kind: str, depth: int, rate: float, seed: int) -> str:
     return f"{kind}-{depth}-{rate:g}-{seed}"
 
 
-def lesson_settings(kind: str) -> dict[str, Any]:
-    """What students of a kind learn from, as it is stored beside their figures."""
+def starts_general(plan: Plan, kind: str) -> bool:
+    return plan.general and kind in ("on_general", "distilled")
+
+
+def lesson_settings(plan: Plan, kind: str) -> dict[str, Any]:
+    """What students of a kind start and learn from, as it is stored beside their figures."""
+    settings = {"general": GENERAL} if starts_general(plan, kind) else {}
     if kind not in RECIPES:
-        return {}
-    return RECIPES[kind] | {"terms": [asdict(term) for term in RECIPES[kind]["terms"]], "signals": list(SIGNALS[kind])}
+        return settings
+    terms = [asdict(term) for term in RECIPES[kind]["terms"]]
+    return RECIPES[kind] | {"terms": terms, "signals": list(SIGNALS[kind])} | settings
 
 
 def read(file: Path, settings: dict[str, Any]) -> dict[str, Any]:

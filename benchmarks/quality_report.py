@@ -84,12 +84,12 @@ def table(cells: Mapping[str, Mapping[str, Any]]) -> str:
         return "" if value is None else f"{100 * value:.0f}" if name == "gap_closed" else f"{100 * value:.1f}"
 
     lines = [
-        "| task | metric | layers | teacher | without | without, noisy | TextBrewer | distilled | gap closed % "
-        "| retention % |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| task | metric | layers | teacher | without | without, noisy | general, without | TextBrewer | distilled "
+        "| gap closed % | retention % |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for cell in cells.values():
-        kinds = [entry(cell, kind) for kind in ("plain", "noisy", "textbrewer", "distilled")]
+        kinds = [entry(cell, kind) for kind in ("plain", "noisy", "on_general", "textbrewer", "distilled")]
         shares = [share(cell, "distilled", name) for name in ("gap_closed", "retention")]
         row = [cell["task"], cell["metric"], str(cell["layers"]), f"{100 * cell['teacher']:.1f}", *kinds, *shares]
         lines.append(f"| {' | '.join(row)} |")

@@ -4,6 +4,7 @@ Three sets of rows per task. "train" is learned from; "held_out" decides learnin
 what is reported. Texts that occur in the test rows, character for character, are taken out of the training rows.
 """
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -234,6 +235,36 @@ TASKS: dict[str, Task] = {
         TAGS,
     ),
     "squad": Task("answer F1", AutoModelForQuestionAnswering, Answers(128, 800, 1_500), answer_f1, can_drop=False),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was chosen for a task: how its teacher is trained, and the budget of every student."""
+
+    teacher_rate: float
+    teacher_epochs: float
+    teacher_batch: int
+    rows: int
+    epochs: int
+    batch: int
+    plain: tuple[float, ...]  # learning rates to choose from
+    layers: str = "spread"  # which of the teacher's layers all its students start from
+    general: bool = True  # whether its distilled students start from the general one
+    distilled: tuple[float, ...] = (8e-4,)
+    textbrewer: tuple[float, ...] = (8e-4,)
+
+    def steps(self, n_rows: int) -> int:
+        return math.ceil(min(self.rows, n_rows) / self.batch) * self.epochs
+
+
+PLANS = {
+    "trec": Plan(1e-4, 4, 32, rows=5_500, epochs=12, batch=32, plain=(1e-4, 3e-4)),
+    "wnut_17": Plan(2e-4, 5, 32, rows=3_394, epochs=6, batch=16, plain=(2e-4, 5e-4), layers="first", general=False),
+    "stsb": Plan(2e-4, 5, 32, rows=5_749, epochs=6, batch=16, plain=(1e-4, 3e-4)),
+    "mrpc": Plan(1e-4, 4, 32, rows=3_668, epochs=6, batch=16, plain=(1e-4, 3e-4)),
+    "sst2": Plan(8e-5, 1, 96, rows=67_349, epochs=1, batch=32, plain=(1e-4, 3e-4)),
+    "squad": Plan(2e-4, 2, 48, rows=1_500, epochs=4, batch=16, plain=(2e-4, 5e-4)),
 }
 
 

@@ -26,6 +26,7 @@ _MODULES = {
     "TermConfig": "hf_compress.distillation.arguments",
     "UnstructuredPruningConfig": "hf_compress.pruning.unstructured_config",
     "VocabularyPruningConfig": "hf_compress.pruning.vocabulary_config",
+    "add_general_": "hf_compress.distillation.general",
     "add_teacher_inputs": "hf_compress.distillation.tokenizers",
     "augment": "hf_compress.distillation.augmentation",
     "calibrate": "hf_compress.pruning.calibration",
