@@ -6,6 +6,8 @@
 # On a CPU, give the number of processes: PROCESSES=2 scripts/run_on_all_gpus.sh ...
 set -e
 if [ -n "$PROCESSES" ]; then
-    exec accelerate launch --cpu --num_processes "$PROCESSES" --mixed_precision no --dynamo_backend no -m hf_compress.cli.main run "$@"
+    # With --cpu alone, accelerate starts one process.
+    config="$(dirname "$0")/accelerate_configs/cpu_ddp.yaml"
+    exec accelerate launch --config_file "$config" --num_processes "$PROCESSES" -m hf_compress.cli.main run "$@"
 fi
 exec accelerate launch --multi_gpu -m hf_compress.cli.main run "$@"

@@ -4,6 +4,7 @@ Transformers converts weights between the layouts of checkpoints and models, bot
 sparse weight gets such a conversion, so a model needs nothing else to stay sparse on disk.
 """
 
+import logging
 import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -25,12 +26,16 @@ if TYPE_CHECKING:
 # The values keep the name of the weight: without the plug-in, their shape is refused, while a missing name would only
 # be warned about.
 BITMASK = "_bitmask"
+_PLAIN_NAME = r"[\w.-]+"
+
+logger = logging.getLogger(__name__)
 
 
 def mark_sparse_(model: "PreTrainedModel", names: Iterable[str]) -> None:
     """Has every later save of a model, and of what is loaded from it, leave out the zeros of some of its weights.
 
-    The model itself does not change. A weight with too few zeros to save bytes is stored as it is.
+    The model itself does not change. A weight with too few zeros to save bytes is stored as it is, and so is, with a
+    warning, one whose name is not of letters, digits, `_`, `-` and dots.
 
     Args:
         model (`PreTrainedModel`): A model of any architecture.
@@ -52,7 +57,14 @@ def mark_sparse_(model: "PreTrainedModel", names: Iterable[str]) -> None:
         )
     # Which name of a tied weight is saved is up to the architecture.
     chosen = {id(weights[name]) for name in names}
-    sparse = [name for name, weight in weights.items() if id(weight) in chosen]
+    found = [name for name, weight in weights.items() if id(weight) in chosen]
+    sparse = [name for name in found if re.fullmatch(_PLAIN_NAME, name)]
+    if len(sparse) < len(found):
+        logger.warning(
+            "%s will be stored with all zeros: Transformers converts weights by regular expressions, and the names "
+            "have characters that mean something there. Name modules by letters, digits, '_' and '-'.",
+            ", ".join(sorted({*found} - {*sparse})),
+        )
     write_config_(model, method.widths if method else None, sparse)
 
 

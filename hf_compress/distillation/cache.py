@@ -4,6 +4,7 @@ import itertools
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from tqdm.auto import tqdm
 from hf_compress.distillation import cache_files as files
 from hf_compress.distillation.answers import LABELS, Answers, answer_masks, key_columns
 from hf_compress.distillation.cache_keys import KEY_BYTES, example_keys, fingerprint
+from hf_compress.modeling.launch import process_state
 from hf_compress.modeling.tasks import LANGUAGE_MODELS, forward_columns, task_of, unwrap
 
 logger = logging.getLogger(__name__)
@@ -26,6 +28,8 @@ BLOCK_ROWS, BLOCK_BYTES = 4096, 2**28
 # Of one token in a cache of the likeliest classes; with the keys, below 300.
 _TOP_K_BYTES = 288
 _SAMPLE_ROWS = 256
+# Seconds without a new block, besides twice the time of an own one, after which others are taken to be idle.
+_PATIENCE = 5.0
 # With a tenth of the mass in the tail the gradient still has a cosine of 0.999 to the exact one; with most, 0.85.
 LARGEST_TAIL = 0.2
 
@@ -127,7 +131,7 @@ class TeacherCache:
         """Asks a teacher about every row of a data set, and stores what it says.
 
         A build that was stopped continues; a finished cache with the same settings is opened. Under `accelerate
-        launch` the processes share the work.
+        launch` the processes share the work; under `main_process_first`, the first one does it all.
 
         Args:
             folder (`str` or `Path`): Where the cache is to be; made if missing.
@@ -191,9 +195,7 @@ class TeacherCache:
                     100 * (1 - answers.tail_mass),
                     temperature,
                 )
-            if _rank()[0] == 0:
-                files.finish(folder, n_blocks)
-            _wait()
+            files.finish(folder, n_blocks)
         return cls(folder)
 
     def look_up(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -313,16 +315,38 @@ def _report_size(folder: Path, per_row: float, n_rows: int | None) -> None:
 def _build_blocks(folder: Path, answers: Answers, dataset: Iterable, batch_size: int, block_rows: int) -> int:
     rank, n_processes = _rank()
     n_rows = len(dataset) if hasattr(dataset, "__len__") else None
-    number = -1
+    number, slowest = -1, 0.0
+
+    def build(number: int, rows: list[Mapping[str, Any]]) -> None:
+        if not files.block_path(folder, number).exists():
+            arrays = answers.ask(rows, batch_size, first_row=number * block_rows)
+            files.write_block(folder, number, arrays)
+
     with tqdm(total=n_rows, desc="Asking the teacher", unit="row", disable=rank != 0) as bar:
         for number, rows in enumerate(_in_blocks(dataset, block_rows)):
-            is_done = files.block_path(folder, number).exists()
-            if number % n_processes == rank and not is_done:
-                arrays = answers.ask(rows, batch_size, first_row=number * block_rows)
-                files.write_block(folder, number, arrays)
+            if number % n_processes == rank:
+                start = time.monotonic()
+                build(number, rows)
+                slowest = max(slowest, time.monotonic() - start)
             bar.update(len(rows))
-    _wait()
+    paths = [files.block_path(folder, one) for one in range(number + 1)]
+    if not _have_come(paths, _PATIENCE + 2 * slowest):
+        # Nobody is at work on the others: under `main_process_first` the other processes wait for this one.
+        for one, rows in enumerate(_in_blocks(dataset, block_rows)):
+            build(one, rows)
     return number + 1
+
+
+def _have_come(paths: list[Path], patience: float) -> bool:
+    """Waits for the blocks of other processes, as long as one appears every so often; whether all are there."""
+    n_missing, last = len(paths), time.monotonic()
+    while n_missing and time.monotonic() - last < patience:
+        n_found = sum(not path.exists() for path in paths)
+        if n_found == n_missing:
+            time.sleep(0.05)
+        else:
+            n_missing, last = n_found, time.monotonic()
+    return not n_missing
 
 
 def _in_blocks(dataset: Iterable, block_rows: int) -> Iterator[list[Mapping[str, Any]]]:
@@ -335,17 +359,5 @@ def _rank() -> tuple[int, int]:
     """Number of this process and of all, where they were launched together."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return 0, 1
-    state = _state()
+    state = process_state()
     return state.process_index, state.num_processes
-
-
-def _wait() -> None:
-    if _rank()[1] > 1:
-        _state().wait_for_everyone()
-
-
-def _state() -> Any:
-    from accelerate import PartialState
-
-    # Without an accelerator it has to be told, or it takes each process for the only one.
-    return PartialState() if torch.accelerator.is_available() else PartialState(cpu=True)

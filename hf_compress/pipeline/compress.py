@@ -14,6 +14,7 @@ from hf_compress.hub.push import push_compressed
 from hf_compress.jobs.lock import alone_in
 from hf_compress.jobs.stages import REPORT_FILE
 from hf_compress.jobs.task_data import TaskData, read_task
+from hf_compress.modeling.launch import process_state
 from hf_compress.pipeline.checks import check_before, check_room
 from hf_compress.pipeline.measure import Measurer, surroundings
 from hf_compress.pipeline.memory import peak_memory, reset_peak_memory
@@ -61,7 +62,7 @@ def compress(
         ValueError: if the data do not fit the model, a step cannot be done, or the folder holds something else.
         OSError: if the disk has no room for a step, which is checked before it; what was there stays.
     """
-    state, output, options = PartialState(), Path(output_dir), model_options or {}
+    state, output, options = process_state(), Path(output_dir), model_options or {}
     with state.main_process_first():
         data = read_task(recipe.data, recipe.seed, splits)
         if state.is_main_process:

@@ -67,7 +67,8 @@ class UnitPruning:
 
         Args:
             model (`nn.Module`): A Transformers model, not wrapped.
-            optimizer (`AcceleratedOptimizer`): Not used: what momentum moves is taken back.
+            optimizer (`AcceleratedOptimizer`): Whose steps are refused once the units are cut out. Until then, what
+                its momentum moves is taken back.
             batches (`Sequence[Mapping[str, torch.Tensor]]`): Calibration data.
             checkpoint (`Path`, *optional*): Not used: the weights say it all.
 
@@ -78,7 +79,7 @@ class UnitPruning:
         release_gates_(model)
         check_prunable(model)
         check_budget(model, self.config, batches or None)
-        self._model, self._batches = model, batches
+        self._model, self._batches, self._optimizer = model, batches, optimizer
         self._sites = find_sites(find_blocks(model))
         self._gates = {part: _live_units(part) for site in self._sites for part in site.parts}
         self._hooks = hang_gates_(model, self._gates)
@@ -132,6 +133,15 @@ class UnitPruning:
         kept = {site.name: self._gates[site.parts[0]].nonzero()[:, 0] for site in self._sites}
         cut_(self._model, self._sites, kept)
         write_widths_(self._model)
+        if self._optimizer is not None:
+            getattr(self._optimizer, "optimizer", self._optimizer).register_step_pre_hook(_refuse_step)
+
+
+def _refuse_step(*_: Any) -> None:
+    raise ValueError(
+        "The model was cut, and this optimizer holds the weights that it had before: to train on, make a new Trainer "
+        "for the pruned model, without the PruningCallback."
+    )
 
 
 def dead_first(removal: Removal, live: torch.Tensor) -> Removal:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from hf_compress.checkpoint.config import METHOD, CompressionConfig
@@ -96,6 +96,18 @@ def test_names_that_cannot_be_marked():
         with pytest.raises(ValueError, match=f"{name} should be sparse, but BertForMaskedLM has no such weight"):
             mark_sparse_(model, [NAME, name])
     assert not hasattr(model.config, "quantization_config")
+
+
+@pytest.mark.parametrize("key", ["q(x)", "c|d", "1\\1", "a+b"])
+def test_names_that_are_expressions_keep_their_zeros(key, tmp_path, caplog):
+    model = tiny_model("bert")
+    model.add_module("extra", torch.nn.ModuleDict({key: torch.nn.Linear(16, 16, bias=False)}))
+    with torch.no_grad():
+        model.extra[key].weight[:, ::2] = 0
+    mark_sparse_(model, [f"extra.{key}.weight"])
+    assert f"extra.{key}.weight will be stored with all zeros" in caplog.text
+    model.save_pretrained(tmp_path)
+    assert torch.equal(load_file(tmp_path / "model.safetensors")[f"extra.{key}.weight"], model.extra[key].weight)
 
 
 def test_the_config_has_only_what_it_needs():

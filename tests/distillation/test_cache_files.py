@@ -77,7 +77,7 @@ def test_a_cache_that_cannot_fit_is_not_begun(tmp_path, monkeypatch):
         build(tmp_path, "single-label")
 
 
-@pytest.mark.parametrize("mode", ["apart", "together"])
+@pytest.mark.parametrize("mode", ["apart", "together", "in-turn"])
 def test_two_processes_build_one_cache(mode, tmp_path):
     root = Path(__file__).parent.parent.parent
     command = [sys.executable, str(Path(__file__).with_name("two_builders.py")), mode, str(tmp_path / "two")]
@@ -101,6 +101,8 @@ def test_two_processes_build_one_cache(mode, tmp_path):
     if mode == "together":
         assert sorted(built[0] + built[1]) == list(range(0, 320, 8))
         assert set(built[0]).isdisjoint(built[1])
+    if mode == "in-turn":
+        assert sorted(built, key=len) == [[], [*range(0, 320, 16), *range(8, 320, 16)]]
 
 
 def test_workers_map_the_files_anew(tmp_path):

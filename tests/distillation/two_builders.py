@@ -1,6 +1,6 @@
-"""Run as a program: two processes build one cache, each for itself ("apart") or sharing the work ("together").
+"""Run as a program: two processes build one cache, each for itself, sharing the work, or one before the other.
 
-python tests/distillation/two_builders.py apart|together FOLDER
+python tests/distillation/two_builders.py apart|together|in-turn FOLDER
 """
 
 import json
@@ -13,6 +13,7 @@ from pathlib import Path
 from accelerate import debug_launcher
 
 from hf_compress.distillation import answers, cache
+from hf_compress.modeling.launch import process_state
 from tests.distillation import tiny
 from tests.distillation.tiny import tiny_model, tiny_rows
 
@@ -35,10 +36,18 @@ def build(folder: str) -> None:
     Path(f"{Path(folder).parent}/built-by-{os.getpid()}.json").write_text(json.dumps(built))
 
 
+def build_in_turn(folder: str) -> None:
+    cache._PATIENCE = 0.1
+    with process_state().main_process_first():
+        build(folder)
+
+
 if __name__ == "__main__":
     mode, folder = sys.argv[1:]
     if mode == "together":
         debug_launcher(build, (folder,), num_processes=2)
+    elif mode == "in-turn":
+        debug_launcher(build_in_turn, (folder,), num_processes=2)
     else:
         context = multiprocessing.get_context("spawn")
         processes = [context.Process(target=build, args=(folder,)) for _ in range(2)]

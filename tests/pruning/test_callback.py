@@ -61,6 +61,16 @@ def test_the_trained_model_is_cut_to_the_budget_and_reloads_exactly(distilled, s
     assert difference(predict(reloaded, batch), predict(run.model.eval(), batch)) == 0
 
 
+def test_the_trainer_of_a_model_that_was_cut_does_not_train_on(tmp_path):
+    run = trainer(tmp_path, hc.PruningCallback(config(score="l2"), n_updates=2))
+    run.train()
+    run.remove_callback(hc.PruningCallback)
+    before = {name: value.clone() for name, value in run.model.named_parameters()}
+    with pytest.raises(ValueError, match="make a new Trainer for the pruned model"):
+        run.train()
+    assert all(torch.equal(value, before[name]) for name, value in run.model.named_parameters())
+
+
 @pytest.mark.parametrize("max_steps", [1, 3, 10])
 def test_short_trainings_reach_the_budget_too(max_steps, tmp_path):
     callback = hc.PruningCallback(config(score="fisher"))
