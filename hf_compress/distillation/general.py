@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from hf_compress.modeling.blocks import count_layers, find_stacks
 from hf_compress.modeling.tasks import unwrap
 
 if TYPE_CHECKING:
@@ -27,12 +28,15 @@ def add_general_(student: "PreTrainedModel", general: "PreTrainedModel", untrain
     Raises:
         ValueError: if the three are not of the same shape. The student is as it was then.
     """
-    weights, after, before = (_body(model) for model in (student, general, untrained))
-    if before.keys() != after.keys() or not weights.keys() & before.keys():
+    models = tuple(map(unwrap, (student, general, untrained)))
+    layers = [{stack: count_layers(model, stack) for stack in find_stacks(model)} for model in models]
+    weights, after, before = (dict(model.base_model.named_parameters()) for model in models)
+    # A general student may have a pooler that this task's models lack.
+    if layers != [layers[0]] * 3 or before.keys() != after.keys() or not weights.keys() & before.keys():
+        kinds = ", ".join(f"{type(model).__name__} ({found})" for model, found in zip(models, layers, strict=True))
         raise ValueError(
-            f"The student, a {type(unwrap(student)).__name__}, the general one, a {type(unwrap(general)).__name__}, "
-            f"and the untrained one, a {type(unwrap(untrained)).__name__}, do not have the same layers: make "
-            "all three with the same StudentConfig."
+            f"The student, the general and the untrained one do not have the same layers: {kinds}. Make all three "
+            "with the same StudentConfig."
         )
     shared = [name for name in weights if name in before]
     for name in shared:
@@ -44,8 +48,3 @@ def add_general_(student: "PreTrainedModel", general: "PreTrainedModel", untrain
             )
     for name in shared:
         weights[name] += (after[name] - before[name]).to(weights[name])
-
-
-def _body(model: "PreTrainedModel") -> dict[str, torch.Tensor]:
-    """Parameters without the task head."""
-    return dict(unwrap(model).base_model.named_parameters())
