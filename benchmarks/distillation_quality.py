@@ -12,7 +12,7 @@ of steps and batches, without dropout and with frozen token embeddings, and diff
 - distilled: the teacher's outputs at T = 2 and its hidden states in the layers that "uniform" maps to, no labels; in
   place of repeated epochs, copies of the rows in which tokens are left out (10 %) or replaced (15 %). To its first
   weights is added what general distillation taught a student of the packaged model (`quality_general.py`), once for
-  all tasks but WNUT-17 and SQuAD: one more epoch, of 110,000 texts without labels;
+  all tasks but WNUT-17: one more epoch, of 110,000 texts without labels;
 - textbrewer: the recipe of TextBrewer's examples, KL at T = 8 without T^2 plus hidden MSE, no labels; 3 layers only.
 
 Students start from the last of each two or three layers of the teacher ("spread"), on WNUT-17 from the first ones,
@@ -28,7 +28,7 @@ rate and more epochs after a student without distillation had come level with a 
 WNUT-17 twice as many steps, and SST-2 four times as many rows, each read once and as it is, after first runs whose
 test figures are in the benchmarks' README. General distillation, a shorter one, was tried on MRPC's held-out rows
 (divergence from the teacher 0.17 instead of 0.22) and on WNUT-17's, whose students start from other layers than the
-general ones (0.012 instead of 0.013); SQuAD's were not run again.
+general ones (0.012 instead of 0.013).
 
 Students are saved, reloaded and measured on the test rows in bf16 autocast. Cells are stored when they are done: the
 same command continues, and processes may share --tasks or --kinds. `--tasks` without names reports what there is. The
