@@ -49,7 +49,7 @@ ALLOWED = {
     "jobs": BASE | STEPS | {"__init__", "evaluation", "hub", "recipe", "recommend", "report"},
     "pipeline": BASE | STEPS | {"__init__", "evaluation", "hub", "jobs", "recipe", "report"},
     "demo": {"distillation.arguments", "jobs", "report"},
-    "cli": CONFIGS | {"__init__", "demo", "hub", "jobs", "pipeline", "recipe", "report"},
+    "cli": CONFIGS | {"__init__", "demo", "hub", "jobs", "modeling.launch", "pipeline", "recipe", "report"},
     "__init__": {"checkpoint"},  # the public names are served lazily, from strings
 }
 

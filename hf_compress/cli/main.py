@@ -95,12 +95,14 @@ def distill(
         print_distill_help(everything=help_all)
         raise typer.Exit
     from hf_compress.jobs.distill import distill as run
+    from hf_compress.modeling.launch import leave_processes
     from hf_compress.report.report import show_report
 
     job, args = parse_distill(context.args)
     report = run(job, args)
     if args.process_index == 0:
         show_report(report, args.output_dir)
+    leave_processes()
 
 
 @app.command(
@@ -154,9 +156,12 @@ def run(
         print_run_help()
         raise typer.Exit
     from hf_compress.cli.run import run_recipe
+    from hf_compress.modeling.launch import leave_processes
 
     file, job = parse_run(context.args)
-    raise typer.Exit(run_recipe(file, job))
+    code = run_recipe(file, job)
+    leave_processes()
+    raise typer.Exit(code)
 
 
 app.command()(inspect)

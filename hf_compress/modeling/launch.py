@@ -18,3 +18,9 @@ def process_state() -> "PartialState":
 
     # Without an accelerator it has to be told, or it takes each process for the only one.
     return PartialState() if torch.accelerator.is_available() else PartialState(cpu=True)
+
+
+def leave_processes() -> None:
+    """Closes this process's connections to the others, as its last act: with open ones, its exit may be an abort."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
