@@ -22,5 +22,7 @@ def process_state() -> "PartialState":
 
 def leave_processes() -> None:
     """Closes this process's connections to the others, as its last act: with open ones, its exit may be an abort."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    distributed = torch.distributed
+    # Other launchers than torchrun and `accelerate launch` close what they opened themselves.
+    if distributed.is_available() and distributed.is_torchelastic_launched() and distributed.is_initialized():
+        distributed.destroy_process_group()
