@@ -50,7 +50,7 @@ import torch
 import transformers
 from datasets import Dataset
 from quality_embeddings import cut_score, imitate, sentences, similarity_score
-from quality_general import GENERAL, general_rows, general_trainer
+from quality_general import GENERAL, general_rows
 from quality_report import compare, summarise, table
 from quality_tasks import PLANS, TASKS, Plan, Task, with_noisy_copies
 from transformers import (
@@ -207,7 +207,7 @@ class Bench:
 
         def make(work: Path) -> Trainer:
             rows = general_rows(self.data, self.prepared, self.tokenizer)
-            return general_trainer(base, config, rows, self.tokenizer, COMMON, work)
+            return imitate(base, config, rows, self.tokenizer, work, COMMON | {"save_steps": 0.1})
 
         train_once(folder, make)
         return AutoModel.from_pretrained(folder, **settings), hc.make_student(base, config)
@@ -253,7 +253,6 @@ class Bench:
     def run(self, name: str, kind: str) -> None:
         """All cells of a kind of student on a task."""
         plan = PLANS[name]
-        # Rows that are read once are read as they are.
         if (kind == "noisy" and plan.epochs == 1) or (kind == "on_general" and not plan.general):
             return
         rates = rates_of(plan, kind)
@@ -274,7 +273,8 @@ class Bench:
                 file = self.cell_file(f"embeddings-{depth}-{seed}")
                 if not file.exists():
                     folder = self.folder / f"embeddings-{depth}-{seed}"
-                    make = partial(imitate, base, depth, rows, self.tokenizer, common={**COMMON, "seed": seed})
+                    common = {**COMMON, "save_strategy": "no", "seed": seed}
+                    make = partial(imitate, base, hc.StudentConfig(depth), rows, self.tokenizer, common=common)
                     train_once(folder, lambda work, make=make: make(work=work))
                     model = AutoModel.from_pretrained(folder, attn_implementation="eager")
                     write(file, {"test": similarity_score(model, self.data, "test", self.tokenizer)})

@@ -61,10 +61,10 @@ def cut_score(base: PreTrainedModel, depth: int, data: Path, tokenizer: Any) -> 
 
 
 def imitate(
-    base: PreTrainedModel, depth: int, rows: Dataset, tokenizer: Any, work: Path, common: dict[str, Any]
+    base: PreTrainedModel, student: hc.StudentConfig, rows: Dataset, tokenizer: Any, work: Path, common: dict[str, Any]
 ) -> hc.DistillationTrainer:
     """The trainer of a student: cosine to the teacher's embeddings, and its hidden states."""
-    model = hc.make_student(base, hc.StudentConfig(num_layers=depth))
+    model = hc.make_student(base, student)
     model.get_input_embeddings().weight.requires_grad_(False)
     args = hc.DistillationArguments(
         **common,
@@ -72,7 +72,6 @@ def imitate(
         num_train_epochs=1,
         per_device_train_batch_size=32,
         learning_rate=RATE,
-        save_strategy="no",
         alpha=1.0,
         terms=[hc.TermConfig("hidden_mse", weight=10.0)],
     )

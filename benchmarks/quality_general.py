@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, concatenate_datasets
+from quality_embeddings import RATE
 from quality_tasks import with_noisy_copies
-from transformers import PreTrainedModel
 
-import hf_compress as hc
 from hf_compress.jobs.data import load_splits
 
 COLUMNS = ["input_ids", "token_type_ids", "attention_mask"]
@@ -27,7 +26,6 @@ COLUMNS = ["input_ids", "token_type_ids", "attention_mask"]
 TASK_ROWS = {"squad": 3_000, "sst2": 15_000, "trec": None, "wnut_17": None, "stsb": None, "mrpc": None}
 N_NEWS, N_SENTENCES, N_FOLLOWING, N_NEAR = 20_000, 12_000, 10_000, 12_000
 MAX_LENGTH, MAX_PAIR = 64, 112
-RATE = 8e-4
 # What is stored beside the figures of students that start from it.
 GENERAL = {"tasks": TASK_ROWS, "news": N_NEWS, "sentences": N_SENTENCES, "following": N_FOLLOWING, "near": N_NEAR,
            "rate": RATE}  # fmt: skip
@@ -101,23 +99,3 @@ def joined(start: list[int], first: list[int], second: list[int]) -> dict[str, A
     ids = [*start, *first, *second]
     types = [0] * (len(start) + len(first)) + [1] * len(second)
     return {"input_ids": ids, "token_type_ids": types, "attention_mask": [1] * len(ids), "length": len(ids)}
-
-
-def general_trainer(
-    base: PreTrainedModel, student: hc.StudentConfig, rows: Dataset, tokenizer: Any, common: dict[str, Any], work: Path
-) -> hc.DistillationTrainer:
-    """The trainer of a general student: cosine to the base's mean of hidden states, and its hidden states."""
-    model = hc.make_student(base, student)
-    model.get_input_embeddings().weight.requires_grad_(False)
-    args = hc.DistillationArguments(
-        **common,
-        output_dir=str(work),
-        num_train_epochs=1,
-        per_device_train_batch_size=32,
-        learning_rate=RATE,
-        save_steps=0.1,
-        save_total_limit=1,
-        alpha=1.0,
-        terms=[hc.TermConfig("hidden_mse", weight=10.0)],
-    )
-    return hc.DistillationTrainer(model=model, args=args, teacher=base, train_dataset=rows, processing_class=tokenizer)
