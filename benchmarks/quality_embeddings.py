@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from quality_tasks import letters
 from transformers import PreTrainedModel
 
 import hf_compress as hc
@@ -24,13 +25,14 @@ RATE = 8e-4
 
 
 def sentences(data: Path, tokenizer: Any) -> Dataset:
-    """The training sentences, each once, without those of STS-B's validation and test rows."""
+    """The training sentences, each once, without those of STS-B's validation and test rows, however printed."""
     scored = load_splits(str(data / "stsb"))
-    seen = {text for name in ("validation", "test") for column in SOURCES["stsb"] for text in scored[name][column]}
+    texts_of = [scored[name][column] for name in ("validation", "test") for column in SOURCES["stsb"]]
+    seen = {letters(text) for texts in texts_of for text in texts}
     texts = []
     for name, columns in SOURCES.items():
         train = load_splits(str(data / name))["train"]
-        texts += [text for column in columns for text in train[column] if text not in seen]
+        texts += [text for column in columns for text in train[column] if letters(text) not in seen]
     rows = Dataset.from_dict({"text": list(dict.fromkeys(texts))}).shuffle(seed=0)
     return tokenize(rows, tokenizer, ["text"], [0] * len(rows), MAX_LENGTH).remove_columns("labels")
 

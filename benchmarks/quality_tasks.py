@@ -6,6 +6,7 @@ what is reported. Texts that occur in the test rows, character for character, ar
 
 import math
 import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -90,6 +91,11 @@ class Texts:
 
     def tokenize(self, rows: Dataset, tokenizer: Any) -> Dataset:
         return tokenize(rows, tokenizer, self.columns, rows[self.label], self.max_length)
+
+
+def letters(text: str) -> str:
+    """A text's letters and digits, in lower case: what is the same in copies that data sets print differently."""
+    return re.sub(r"[\W_]+", "", text.lower())
 
 
 def by_length(rows: Dataset) -> Dataset:
@@ -262,7 +268,7 @@ PLANS = {
     "trec": Plan(1e-4, 4, 32, rows=5_500, epochs=12, batch=32, plain=(1e-4, 3e-4)),
     "wnut_17": Plan(2e-4, 5, 32, rows=3_394, epochs=6, batch=16, plain=(2e-4, 5e-4), layers="first", general=False),
     "stsb": Plan(2e-4, 5, 32, rows=5_749, epochs=6, batch=16, plain=(1e-4, 3e-4)),
-    "mrpc": Plan(1e-4, 4, 32, rows=3_668, epochs=6, batch=16, plain=(1e-4, 3e-4)),
+    "mrpc": Plan(1e-4, 4, 32, rows=3_668, epochs=12, batch=32, plain=(1e-4, 3e-4)),
     "sst2": Plan(8e-5, 1, 96, rows=67_349, epochs=1, batch=32, plain=(1e-4, 3e-4)),
     "squad": Plan(2e-4, 2, 48, rows=1_500, epochs=4, batch=16, plain=(2e-4, 5e-4)),
 }

@@ -23,6 +23,7 @@ import sys
 
 from hf_compress.cli.main import parse_distill, print_distill_help
 from hf_compress.jobs.distill import distill
+from hf_compress.modeling.launch import leave_processes
 from hf_compress.report.report import show_report
 
 
@@ -34,6 +35,7 @@ def main() -> None:
     report = distill(job, args)
     if args.process_index == 0:
         show_report(report, args.output_dir)
+    leave_processes()
 
 
 if __name__ == "__main__":

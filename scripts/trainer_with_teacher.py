@@ -43,6 +43,7 @@ def main() -> None:
     trainer.train()
     print(trainer.evaluate())
     trainer.save_model()
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
