@@ -109,6 +109,7 @@ def example_report(**changes: Any) -> dict[str, Any]:
         "split": "validation",
         "rows_measured_on": 872,
         "rows_trained_on": 20_000,
+        "rows_in_both": 0,
         "machine": {"device": "cpu", "processor": "x86_64 AVX512", "threads": 2},
         "versions": {"python": "3.11", "torch": "2.13.0", "transformers": "5.23.0", "hf_compress": "0.1.0"},
         "reference": "01-finetune",

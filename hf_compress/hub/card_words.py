@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hf_compress.hub.card_page import TASKS, Data, shared_limits
-from hf_compress.report.words import is_trained, retention_text, threads_text, value_text
+from hf_compress.report.words import is_trained, retention_text, rows_text, threads_text, value_text
 
 Report = dict[str, Any]
 
@@ -108,7 +108,7 @@ def run_conditions(report: Report, models: Sequence[Report]) -> str:
     names = ", ".join(f"{name} {number}" for name, number in versions.items())
     trained = f"Trained on {report['rows_trained_on']} rows, measured" if is_trained(models) else "Measured"
     return (
-        f"{trained} on {report['rows_measured_on']} rows of the split `{report['split']}`, with one seed "
+        f"{trained} on {rows_text(report)} of the split `{report['split']}`, with one seed "
         f"({report['recipe']['seed']}). MACs are per row of {length} tokens. Faster: ratio of the median latency of "
         f"{report['reference']} to that of the model, run in turn, in batches of {sizes} rows of {length} tokens, "
         f"{'/'.join(dtypes)}, on {machine['device']} ({machine['processor']}), {threads_text(machine['threads'])}. "

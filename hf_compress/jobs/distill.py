@@ -32,6 +32,7 @@ from hf_compress.jobs.fit import check_length, check_tokenizer
 from hf_compress.jobs.inputs import inputs_digest, rows_digest
 from hf_compress.jobs.job import DistillJob, autocast_dtype, check_arguments, run_settings
 from hf_compress.jobs.lock import alone_in
+from hf_compress.jobs.overlap import warn_of_rows_in_both
 from hf_compress.jobs.stages import INPUTS, REPORT_FILE, open_run, train_once
 from hf_compress.report.report import write_report
 
@@ -56,6 +57,7 @@ class Material(NamedTuple):
         test_split (`str`): The name of the latter's split.
         labels (`list[str]` or `None`): Names of the classes, for a model that is fine-tuned here; `None`: regression.
         metric (`str`): What quality is measured by.
+        n_in_both (`int`): Rows to measure on that are also trained on.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
@@ -65,6 +67,7 @@ class Material(NamedTuple):
     test_split: str
     labels: list[str] | None
     metric: str
+    n_in_both: int
 
 
 def distill(
@@ -151,7 +154,8 @@ def prepare(job: DistillJob, splits: DatasetDict, options: dict[str, Any]) -> Ma
     )
     check_length(teacher, max(train, test, key=lambda rows: max(rows["length"])))
     copies = _with_copies(job, splits["train"], tokenizer, ids["train"]) if job.augment_copies else train
-    return Material(tokenizer, train, copies, test, test_split, labels, metric)
+    n_in_both = warn_of_rows_in_both(splits["train"], splits[test_split], job.text_columns)
+    return Material(tokenizer, train, copies, test, test_split, labels, metric, n_in_both)
 
 
 def _with_copies(job: DistillJob, texts: Dataset, tokenizer, ids: list) -> Dataset:
@@ -269,6 +273,7 @@ def measure(job: DistillJob, args: DistillationArguments, material: Material, te
         "job": {name: value for name, value in asdict(job).items() if name != "overwrite"},
         "training": {name: args.to_dict()[name] for name in _REPORTED_ARGUMENTS},
         "rows_trained_on": len(material.train),
+        "rows_in_both": material.n_in_both,
         **measure_all(models, paths, yardstick),
         "gain": score(models[BASELINE], models[STUDENT], yardstick) if job.baseline else None,
     }

@@ -12,6 +12,7 @@ from hf_compress.evaluation.files import weight_files
 from hf_compress.evaluation.sample import sample_batch
 from hf_compress.jobs.fit import check_length, check_tokenizer
 from hf_compress.jobs.job import check_output
+from hf_compress.jobs.overlap import warn_of_rows_in_both
 from hf_compress.jobs.stages import folder_bytes
 from hf_compress.pipeline.state import Place, places_of
 from hf_compress.pipeline.training import training_arguments
@@ -58,6 +59,7 @@ def check_before(recipe: "Recipe", data: "TaskData", output: Path) -> "PreTraine
     if any(isinstance(step, TrainingStep) for step in recipe.steps):
         check_length(model, data.encode(data.train, tokenizer, model))
     _check_timed(model, recipe)
+    warn_of_rows_in_both(data.train, data.test, data.config.text_columns)
     data.label_ids(data.train, model)
     if any(isinstance(step, QuantizeStep) and step.max_drop is not None for step in recipe.steps):
         data.check_held_out(model)

@@ -12,6 +12,7 @@ from datasets import DatasetDict
 from hf_compress.hub.card import write_card
 from hf_compress.hub.push import push_compressed
 from hf_compress.jobs.lock import alone_in
+from hf_compress.jobs.overlap import rows_in_both
 from hf_compress.jobs.stages import REPORT_FILE
 from hf_compress.jobs.task_data import TaskData, read_task
 from hf_compress.modeling.launch import process_state
@@ -186,6 +187,7 @@ def _finish(recipe: Recipe, data: TaskData, output: Path, entries: list[Entry], 
         "split": data.test_split,
         "rows_measured_on": len(data.test),
         "rows_trained_on": len(data.train),
+        "rows_in_both": rows_in_both(data.train, data.test, data.config.text_columns),
         **surroundings(models[0]["latency_conditions"]),
         "reference": reference,
         "result": _result(models, failed),

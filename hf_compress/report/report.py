@@ -7,7 +7,7 @@ from typing import Any
 
 from hf_compress.report.files import write_whole
 from hf_compress.report.tables import page_table, show_table
-from hf_compress.report.words import is_share, retention_text, threads_text, value_text, words_of
+from hf_compress.report.words import is_share, retention_text, rows_text, threads_text, value_text, words_of
 
 HEADINGS = ("model", "{metric}", "retention % [95 %]", "params", "MB", "{work}", "faster")
 
@@ -97,7 +97,7 @@ def conditions(report: dict[str, Any]) -> str:
     first = next(iter(report["latency"]["latency"].values()))
     dtypes = {latency["dtype"] for latency in report["latency"]["latency"].values()}
     return (
-        f"Quality on {report['rows_measured_on']} rows, {words.made(report)}; {words.note}; faster: "
+        f"Quality on {rows_text(report)}, {words.made(report)}; {words.note}; faster: "
         f"ratio of median latencies, interleaved (the first took {1000 * first['median_s']:.0f} ms), "
         f"of a batch of {c['batch_size']} rows of {c['sequence_length']} tokens, {'/'.join(sorted(dtypes))}, "
         f"{c['device']} ({c['processor']}), {threads_text(c['threads'])}, torch {c['torch_version']}, "

@@ -14,7 +14,7 @@ from hf_compress.report.report import plain_numbers
 from hf_compress.report.run_figures import draw_run
 from hf_compress.report.tables import page_table, show_table, show_text
 from hf_compress.report.tradeoff import draw_tradeoffs, models_of
-from hf_compress.report.words import is_trained, retention_text, threads_text, value_text
+from hf_compress.report.words import is_trained, retention_text, rows_text, threads_text, value_text
 
 Report = dict[str, Any]
 Entry = dict[str, Any]
@@ -203,7 +203,7 @@ def conditions(report: Report) -> str:
     named = ", ".join(f"{name} {version}" for name, version in versions.items())
     trained = f", trained on {report['rows_trained_on']}" if is_trained(models_of(report)) else ""
     return (
-        f"Quality on {report['rows_measured_on']} rows of {report['split']}{trained}; 95 % intervals by a paired "
+        f"Quality on {rows_text(report)} of {report['split']}{trained}; 95 % intervals by a paired "
         "bootstrap over these rows. Times are medians, in turn with the first model, of batches of "
         f"{one['sequence_length']} tokens, {machine['device']} ({machine['processor']}), "
         f"{threads_text(machine['threads'])}; {named}. MACs per row. All figures are of the models saved and loaded "

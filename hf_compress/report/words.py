@@ -110,6 +110,13 @@ def threads_text(number: int) -> str:
     return f"{number} thread{'s' if number != 1 else ''}"
 
 
+def rows_text(report: Report) -> str:
+    """How many rows a report's models were measured on, and how many of them they may have been trained on."""
+    # A run of one step without a training does not count the latter.
+    n_in_both = report.get("rows_in_both")
+    return f"{report['rows_measured_on']} rows" + (f" ({n_in_both} of them also in train)" if n_in_both else "")
+
+
 def _macs(model: Report) -> str:
     cost = model["cost"]
     return f"{cost['macs'] / cost['conditions']['batch_size'] / 1e6:.0f} M"

@@ -88,6 +88,7 @@ def recipe_report(recipe):
         "split": "validation",
         "rows_measured_on": 872,
         "rows_trained_on": 67_349,
+        "rows_in_both": 0,
         "machine": {name: CONDITIONS[name] for name in ("device", "processor", "threads")},
         "versions": {"python": "3.11.7", "torch": "2.13.0", "transformers": "5.23.0", "hf_compress": "0.1.0"},
         "reference": models[0],
