@@ -1,7 +1,7 @@
 """Rows to measure on that are also learned from."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -50,8 +50,8 @@ def warn_of_rows_in_both(train: "Dataset", test: "Dataset", text_columns: Sequen
     return n_rows
 
 
-def _texts(rows: "Dataset", columns: Sequence[str]) -> list[tuple[str, ...]]:
-    return list(zip(*([_plain(one) for one in rows[column]] for column in columns), strict=True))
+def _texts(rows: "Dataset", columns: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    return zip(*(map(_plain, rows[column]) for column in columns), strict=True)
 
 
 def _plain(text: str | Sequence[str]) -> str:
