@@ -39,7 +39,7 @@ TASK = "sst2"
 # Bits of the inputs -> steps.
 STAGES = {8: 600, 4: 1600, 2: 600, 1: 1600}
 MEASURED = (4, 1)
-# Learning rates.
+# Kinds of models -> their learning rate.
 KINDS = {"untrained": 0.0, "distilled": 8e-4, "labels": 8e-4, "labels-slowly": 2e-4}
 BATCH = 64
 N_FIT = 8  # batches of texts that scales are fitted to
