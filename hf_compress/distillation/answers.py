@@ -178,7 +178,7 @@ class Answers:
         probe = Probe(model, self.settings.signals)
         try:
             # Without what a training in mixed precision left, which is no part of the fingerprint.
-            with evaluating(model), without_autocast(model), autocast:
+            with evaluating(model), without_autocast(model.modules()), autocast:
                 outputs = dict(model(**inputs, return_dict=True))
             outputs |= probe.take()
         finally:

@@ -311,12 +311,12 @@ def binary_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Te
     return F.binary_cross_entropy_with_logits(logits.float(), labels.float(), reduction="none").mean(-1)
 
 
-def average(values: torch.Tensor, num_items: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+def average(values: torch.Tensor, num_items: torch.Tensor | int, mask: torch.Tensor | None = None) -> torch.Tensor:
     """Sum of the counted items' values over the number of items of the whole optimizer step.
 
     Args:
         values (`torch.Tensor` of shape `(items,)`): One value per item of this micro-batch.
-        num_items (`torch.Tensor` of shape `()`): Items of all micro-batches and processes of the step.
+        num_items (`torch.Tensor` of shape `()`, or `int`): Items of all micro-batches and processes of the step.
         mask (`torch.Tensor` of shape `(items,)`, *optional*): True where an item counts.
 
     Returns:
@@ -324,11 +324,13 @@ def average(values: torch.Tensor, num_items: torch.Tensor, mask: torch.Tensor | 
     """
     if mask is not None:
         values = values.where(mask, 0.0)
-    return values.sum() / num_items.clamp(min=1)
+    return values.sum() / (num_items.clamp(min=1) if isinstance(num_items, torch.Tensor) else max(num_items, 1))
 
 
 def _log_probs(logits: torch.Tensor, temperature: float, class_mask: torch.Tensor | None) -> torch.Tensor:
-    logits = logits.float() / temperature
+    logits = logits.float()
+    if temperature != 1:
+        logits = logits / temperature
     if class_mask is not None:
         # The lowest finite number, not -inf: 0 * (-inf - -inf) in the divergence would be NaN.
         logits = logits.masked_fill(~class_mask, torch.finfo(logits.dtype).min)

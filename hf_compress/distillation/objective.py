@@ -174,21 +174,28 @@ def with_decoder_inputs(task: str, model: Any, batch: Mapping[str, torch.Tensor]
     return {**batch, "decoder_input_ids": shifted}
 
 
-def step_counts(task: str, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def step_counts(
+    task: str, batch: Mapping[str, torch.Tensor], with_tokens: bool = True
+) -> dict[str, torch.Tensor | int]:
     """What a batch holds, by what the terms of the loss are divided by.
 
     Args:
         task (`str`): One of `TASKS`.
         batch (`Mapping`): The inputs, with the labels where there are any.
+        with_tokens (`bool`, *optional*, defaults to `True`): Whether to count tokens too, which only terms inside the
+            models are divided by.
 
     Returns:
-        `dict[str, torch.Tensor]`: Counts of shape `()`: `items` that imitate the teacher, `labelled` ones, `rows`,
-        `tokens`, and `decoder_tokens` of an encoder-decoder.
+        `dict[str, torch.Tensor or int]`: Counts of shape `()`, or numbers where nothing has to be looked at: `items`
+        that imitate the teacher, `labelled` ones, `rows`, and with tokens `tokens` and, of an encoder-decoder,
+        `decoder_tokens`.
     """
-    inputs = _inputs(batch)
-    rows = torch.full((), inputs.shape[0], device=inputs.device)
-    counts = {"items": rows, "labelled": rows, "rows": rows, "tokens": rows}
-    if "pixel_values" not in batch:
+    # On a GPU, each small operation costs as much as a larger one: what is a number already stays one.
+    rows = _inputs(batch).shape[0]
+    counts: dict[str, torch.Tensor | int] = {"items": rows, "labelled": rows, "rows": rows}
+    if with_tokens:
+        counts["tokens"] = rows
+    if with_tokens and "pixel_values" not in batch:
         counts["tokens"] = attention_mask(batch).sum()
     if task in CLASSIFICATION:
         label_mask = _example_labels(batch)[1]
@@ -200,7 +207,7 @@ def step_counts(task: str, batch: Mapping[str, torch.Tensor]) -> dict[str, torch
     elif task != "feature-extraction":
         mask = token_mask(task, batch)
         counts["items"], counts["labelled"] = _taught(task, mask, batch).sum(), mask.sum()
-    if task == "seq2seq-lm":
+    if with_tokens and task == "seq2seq-lm":
         counts["decoder_tokens"] = decoder_mask(batch).sum()
     return counts
 

@@ -89,7 +89,7 @@ def make_student(teacher: "PreTrainedModel", config: StudentConfig) -> "PreTrain
     _check_teacher(teacher, config)
     release_gates_(teacher)
     student = copy.deepcopy(teacher)
-    remove_autocast_(student)
+    remove_autocast_(student.modules())
     for position, stack in enumerate(find_stacks(teacher)):
         number, layers = _choice(config, is_decoder=position > 0)
         total = count_layers(teacher, stack)

@@ -68,6 +68,8 @@ class Teacher:
         prefix: str = "cached_",
     ) -> None:
         self.model = model.eval()
+        # To look for them anew in each step takes as long as a layer of a small model.
+        self._modules = list(model.modules())
         self.task = shared_task(model, student)
         self.cache = cache
         self.prefix = prefix
@@ -138,12 +140,13 @@ class Teacher:
             return {
                 name.removeprefix(self.prefix): value for name, value in batch.items() if name.startswith(self.prefix)
             }
-        self.model.eval()
+        if any(module.training for module in self._modules):
+            self.model.eval()
         inputs = teacher_inputs(batch, self.columns)
         if "use_cache" in self.columns:
             inputs["use_cache"] = False
         # A teacher that was trained in this process would still compute in that training's precision.
-        with without_autocast(self.model), autocast, bypassed_head(self.model if is_chunked else None):
+        with without_autocast(self._modules), autocast, bypassed_head(self.model if is_chunked else None):
             signals = dict(self.model(**inputs, return_dict=True))
         if self._probe is not None:
             signals |= self._probe.take()

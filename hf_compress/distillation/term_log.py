@@ -24,24 +24,25 @@ class TermLog:
         self.n_steps = 0
         self._sums: dict[str, torch.Tensor] = {}
         self._term_steps: dict[str, int] = {}
-        self._is_finite: torch.Tensor | None = None
+        self._zero: torch.Tensor | None = None
         self._empty_steps: torch.Tensor | int = 0
 
-    def add(self, terms: Mapping[str, torch.Tensor], n_items: torch.Tensor, ends_step: bool) -> None:
+    def add(self, terms: Mapping[str, torch.Tensor], n_items: torch.Tensor | int, ends_step: bool) -> None:
         """Notes the terms of a micro-batch.
 
         Args:
             terms (`Mapping`): Unweighted terms of shape `()` by name.
-            n_items (`torch.Tensor` of shape `()`): Items of the whole optimizer step.
+            n_items (`torch.Tensor` of shape `()`, or `int`): Items of the whole optimizer step.
             ends_step (`bool`): Whether it is the last of the step.
         """
         for name, term in terms.items():
-            self._sums[name] = self._sums.get(name, 0) + term.detach()
+            term = term.detach()
+            self._sums[name] = self._sums[name] + term if name in self._sums else term
             # A term may be of one stage only: its mean is over the steps that had it.
             self._term_steps[name] = self._term_steps.get(name, 0) + ends_step
         self.n_steps += ends_step
         if ends_step:
-            self._empty_steps = self._empty_steps + (n_items == 0).int()
+            self._empty_steps = self._empty_steps + (n_items == 0)
 
     def check_finite(self, answers: Signals) -> None:
         """Notes whether what a teacher says are numbers; `read` raises where they were not.
@@ -51,9 +52,10 @@ class TermLog:
         """
         for value in answers.values():
             if isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel():
-                # Two extremes are cheaper than a test of every number, and NaN where one of them is.
-                finite = torch.stack(value.aminmax()).isfinite().all()
-                self._is_finite = finite if self._is_finite is None else self._is_finite & finite
+                # Two extremes are cheaper than a test of every number, and NaN where one of them is. Infinity times 0
+                # is NaN too.
+                for extreme in value.aminmax():
+                    self._zero = torch.mul(extreme, 0.0) if self._zero is None else self._zero.add(extreme, alpha=0.0)
 
     def raise_if_not_finite(self) -> None:
         """Raises where a teacher's outputs since the last log were not finite.
@@ -61,7 +63,7 @@ class TermLog:
         Raises:
             ValueError: with what to check.
         """
-        if self._is_finite is not None and not self._is_finite.item():
+        if self._zero is not None and self._zero.item() != 0:
             raise ValueError(
                 "The teacher's outputs hold NaN or infinity, from which nothing can be learned: check its weights, "
                 "and run it in float32 or bf16 where float16 overflows."

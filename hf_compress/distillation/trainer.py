@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import reduce
+from operator import add
 from typing import Any
 
 import torch
@@ -108,7 +110,7 @@ class DistillationTrainer(StageMixin, ProcessesMixin, ProjectionMixin, CardMixin
         self.projections = self._make_projections(models)
         self._prepare_processes()
         self._check_ahead()
-        self._counts: dict[str, torch.Tensor] = {}
+        self._counts: dict[str, torch.Tensor | int] = {}
         self._head_is_checked = False
         self._log = TermLog()
 
@@ -148,12 +150,16 @@ class DistillationTrainer(StageMixin, ProcessesMixin, ProjectionMixin, CardMixin
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
         if not batch_samples:
             return None
-        each = [step_counts(self.task, batch) for batch in batch_samples]
-        totals = torch.stack([sum(counts[name].to(device) for counts in each) for name in each[0]])
+        each = [self._count(batch) for batch in batch_samples]
+        totals = {name: reduce(add, (counts[name] for counts in each)) for name in each[0]}
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            totals = self.accelerator.gather(totals[None]).sum(0)
-        self._counts = dict(zip(each[0], totals.unbind(), strict=True))
-        return self._counts["items"]
+            numbers = torch.stack([torch.as_tensor(total, device=device) for total in totals.values()])
+            totals = dict(zip(totals, self.accelerator.gather(numbers[None]).sum(0).unbind(), strict=True))
+        self._counts = totals
+        return totals["items"]
+
+    def _count(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor | int]:
+        return step_counts(self.task, batch, with_tokens=any(stage.terms for stage in self.stages))
 
     def compute_loss(
         self,
@@ -170,7 +176,7 @@ class DistillationTrainer(StageMixin, ProcessesMixin, ProjectionMixin, CardMixin
             is_counted = self.compute_loss_func is not None and num_items_in_batch is not None
             n_items = self._counts["labelled"] if is_counted else None
             return super().compute_loss(model, student_inputs, return_outputs, num_items_in_batch=n_items)
-        counts = step_counts(self.task, inputs) if num_items_in_batch is None else self._counts
+        counts = self._count(inputs) if num_items_in_batch is None else self._counts
         inputs = with_decoder_inputs(self.task, self.model, inputs)
         self._enter_stage()
         outputs = self._run_student(model, inputs)
@@ -183,7 +189,7 @@ class DistillationTrainer(StageMixin, ProcessesMixin, ProjectionMixin, CardMixin
         self._log.add(terms, counts[counted], self.accelerator.sync_gradients)
         weighted = {name: weights[name] * term for name, term in terms.items()}
         # At the end of a schedule nothing may count: a step of gradients that are 0.
-        loss = sum(weighted.values()) if weighted else 0.0 * next(iter(outputs.values())).sum()
+        loss = reduce(add, weighted.values()) if weighted else 0.0 * next(iter(outputs.values())).sum()
         if self.args.log_gradient_shares and weighted and self._logs_after_this():
             parameters = [p for p in self.model.parameters() if p.requires_grad]
             self._log.shares = gradient_shares(weighted, parameters)
@@ -219,15 +225,14 @@ class DistillationTrainer(StageMixin, ProcessesMixin, ProjectionMixin, CardMixin
         self,
         outputs: Mapping[str, torch.Tensor],
         inputs: Mapping[str, torch.Tensor],
-        counts: Mapping[str, torch.Tensor],
+        counts: Mapping[str, torch.Tensor | int],
     ) -> dict[str, torch.Tensor]:
         """The terms of the training loss, before they are weighted.
 
         Args:
             outputs (`Mapping`): Outputs of the student.
             inputs (`Mapping`): The batch, with all columns that the student or a teacher takes, and the labels.
-            counts (`Mapping`): Items of the whole optimizer step, by what is counted: `items`, `labelled`, `rows`,
-                `tokens`, each of shape `()`.
+            counts (`Mapping`): Items of the whole optimizer step, by what is counted: see `step_counts`.
 
         Returns:
             `dict[str, torch.Tensor]`: `kd_loss`, `task_loss` and the terms inside the models, each this batch's share
@@ -251,7 +256,8 @@ class DistillationTrainer(StageMixin, ProcessesMixin, ProjectionMixin, CardMixin
 
     def _ask(self, number: int, inputs: Mapping[str, torch.Tensor]) -> Signals:
         answers = self.teachers[number].ask(inputs, self.accelerator.autocast(), self._is_chunked)
-        self._log.check_finite(answers)
+        if self.teachers[number].cache is None:  # a cache was looked through when it was built
+            self._log.check_finite(answers)
         return answers
 
     def _output_terms(self, outputs, inputs, counts, answers, weights) -> dict[str, torch.Tensor]:

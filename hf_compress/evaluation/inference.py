@@ -42,7 +42,11 @@ def inference(*models: nn.Module) -> Iterator[None]:
     Args:
         models (`nn.Module`): The models to switch.
     """
-    with evaluating(*models), torch.inference_mode(), without_autocast(*models):
+    with (
+        evaluating(*models),
+        torch.inference_mode(),
+        without_autocast(module for model in models for module in model.modules()),
+    ):
         yield
 
 

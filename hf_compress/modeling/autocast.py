@@ -1,6 +1,6 @@
 """The autocast that accelerate leaves on a model that was trained in mixed precision."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,17 +11,17 @@ from torch import nn
 _ORIGINAL, _WRAPPED, _DONE = "_original_forward", "forward", "_is_accelerate_prepared"
 
 
-def remove_autocast_(model: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+def remove_autocast_(modules: Iterable[nn.Module]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """Has a model compute in the dtype of its weights, as it will after it was saved and loaded.
 
     Args:
-        model (`nn.Module`): Any model.
+        modules (iterable of `nn.Module`): All modules of a model.
 
     Returns:
         `list`: What was removed: attributes of a module, and their names and values.
     """
     removed = []
-    for module in model.modules():
+    for module in modules:
         own = vars(module)
         names = (_ORIGINAL, _WRAPPED, _DONE) if _ORIGINAL in own else (_DONE,)
         found = {name: own.pop(name) for name in names if name in own}
@@ -31,13 +31,13 @@ def remove_autocast_(model: nn.Module) -> list[tuple[dict[str, Any], dict[str, A
 
 
 @contextmanager
-def without_autocast(*models: nn.Module) -> Iterator[None]:
+def without_autocast(modules: Iterable[nn.Module]) -> Iterator[None]:
     """The same for a while.
 
     Args:
-        models (`nn.Module`): Any models.
+        modules (iterable of `nn.Module`): All modules of one or several models.
     """
-    removed = [entry for model in models for entry in remove_autocast_(model)]
+    removed = remove_autocast_(modules)
     try:
         yield
     finally:

@@ -36,7 +36,7 @@ def prune(model: nn.Module, config: Any, data: Data | None = None) -> nn.Module:
     """
     release_gates_(model)
     pruned = copy.deepcopy(model)
-    remove_autocast_(pruned)
+    remove_autocast_(pruned.modules())
     prune_(pruned, config, data)
     return pruned
 

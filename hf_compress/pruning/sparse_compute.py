@@ -74,7 +74,7 @@ def use_sparse_kernels_(
         TypeError: if a projection is of a kind that is not known, or quantized.
     """
     model = unwrap(model)
-    remove_autocast_(model)
+    remove_autocast_(model.modules())
     if sparse_compute not in ("auto", "dense", *PACKERS):
         known = ", ".join(map(repr, ("auto", "dense", *PACKERS)))
         raise ValueError(f"sparse_compute={sparse_compute!r} is unknown: give one of {known}.")

@@ -91,7 +91,7 @@ def quantize_(
         known = ", ".join(step.__name__ for step in _STEPS)
         raise TypeError(f"A {type(config).__name__} does not say how to quantize: give one of {known}.")
     model = unwrap(model)
-    remove_autocast_(model)
+    remove_autocast_(model.modules())
     release_gates_(model)
     check_prepared(model, config)
     if evaluate is not None:

@@ -4,7 +4,7 @@ import platform
 import pytest
 import torch
 
-from hf_compress.formats import int8_kernels
+from hf_compress.formats import int8, int8_kernels
 from hf_compress.formats.int8 import Int8Linear, quantize_rows
 from hf_compress.formats.int8_kernels import (
     CANDIDATES,
@@ -125,6 +125,60 @@ def test_other_devices_multiply_in_float32(caplog):
         assert kernel_for("meta") is FLOAT32
     assert "float32" in caplog.text
     kernel_for.cache_clear()
+
+
+@pytest.fixture
+def roundings(monkeypatch) -> list[int]:
+    """How many tokens were rounded, one entry each time."""
+    kernel, sizes = kernel_for("cpu"), []
+
+    def count(tokens):
+        sizes.append(len(tokens))
+        return kernel.round_tokens(tokens)
+
+    monkeypatch.setattr(int8, "kernel_for", lambda _: kernel._replace(round_tokens=count))
+    return sizes
+
+
+def two_projections() -> list[Int8Linear]:
+    return [Int8Linear.from_float(torch.randn(16, 8), None) for _ in range(2)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_hidden_states_are_rounded_once(roundings, dtype):
+    first, second = two_projections()
+    states = torch.randn(2, 3, 8, dtype=dtype)
+    with torch.no_grad():
+        together = first(states), second(states)
+        assert roundings == [6]
+        assert torch.equal(second(states.clone()), together[1])
+        assert torch.equal(first(states.clone()), together[0])
+        assert roundings == [6, 6, 6]
+
+
+def test_hidden_states_that_changed_in_their_place_are_rounded_anew(roundings):
+    first, second = two_projections()
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with mode:
+            states = torch.randn(3, 8)
+            first(states)
+            states.mul_(2)
+            assert torch.equal(second(states), second(states.clone()))
+    with torch.inference_mode():
+        # Their versions are not counted, so that nobody could tell.
+        roundings.clear()
+        first(states), second(states)
+        assert roundings == [3, 3]
+
+
+def test_nothing_is_kept_of_hidden_states_that_are_gone():
+    first, _ = two_projections()
+    states = torch.randn(3, 8)
+    with torch.no_grad():
+        first(states)
+    assert int8._last_rounded._known.states() is states
+    del states
+    assert int8._last_rounded._known is None
 
 
 @pytest.mark.gpu
