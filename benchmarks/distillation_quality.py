@@ -69,7 +69,7 @@ from hf_compress.evaluation.inference import predict
 from hf_compress.jobs.stages import train_once
 
 RECIPES: dict[str, dict[str, Any]] = {
-    "distilled": {"alpha": 1.0, "temperature": 2.0, "terms": [hc.TermConfig("hidden_mse", weight=10.0)]},
+    "distilled": {"alpha": 1.0, "temperature": 2.0, "terms": [hc.TermConfig("hidden_mse", weight=100.0)]},
     # KL / T^2 * T^2 + the sum of three layers' errors, all times 64; without clipping AdamW does not see the factor.
     "textbrewer": {
         "alpha": 1.0,

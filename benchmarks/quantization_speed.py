@@ -114,7 +114,7 @@ def make_models(name: str, makers: Makers, device: str) -> tuple[dict[str, torch
     return models, missing
 
 
-# As pipelines and Trainer predict; `torch.inference_mode` spares float32 little, and int8 less.
+# As pipelines and `Trainer` predict.
 @torch.no_grad()
 def measure(
     models: dict[str, torch.nn.Module], batch: dict[str, torch.Tensor], n_runs: int, clock: str
