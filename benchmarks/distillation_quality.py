@@ -32,8 +32,8 @@ figures are in the benchmarks' README. General distillation, a shorter one, was 
 general ones (0.012 instead of 0.013).
 
 Students are saved, reloaded and measured on the test rows in bf16 autocast. Cells are stored when they are done: the
-same command continues, and processes may share --tasks or --kinds. `--tasks` without names reports what there is. The
-seconds of a cell are wall time of a machine that did other things too.
+same command continues, and processes may share --tasks or --kinds. `--tasks` without names reports what there is.
+Seconds are wall time of a busy machine.
 """
 
 import argparse
