@@ -15,8 +15,8 @@ of steps and batches, without dropout and with frozen token embeddings, and diff
   all tasks but WNUT-17: one more epoch, of 106,000 texts without labels;
 - textbrewer: the recipe of TextBrewer's examples, KL at T = 8 without T^2 plus hidden MSE, no labels; 3 layers only.
 
-Students start from the last of each two or three layers of the teacher ("spread"), on WNUT-17 from the first ones,
-which did better there on held-out rows (seed 0, 3 layers, distilled).
+Students start from the last of each two or three layers of the teacher, on WNUT-17 from the first ones, which was
+better on held-out rows (seed 0, 3 layers).
 
 A seed changes the order of the rows and nothing else. Without a teacher each task has a learning rate of its own, the
 better of two on held-out rows (seed 0, 3 layers), which 2 layers take over. Both kinds that learn from a teacher have
@@ -32,8 +32,7 @@ figures are in the benchmarks' README. General distillation, a shorter one, was 
 general ones (0.012 instead of 0.013).
 
 Students are saved, reloaded and measured on the test rows in bf16 autocast. Cells are stored when they are done: the
-same command continues, and processes may share --tasks or --kinds. `--tasks` without names reports what there is.
-Seconds are wall time of a busy machine.
+same command continues, and processes may share --tasks or --kinds. Seconds are wall time of a busy machine.
 """
 
 import argparse
