@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import reduce
-from operator import add
 from typing import Any
 
 import torch
@@ -151,7 +150,7 @@ class DistillationTrainer(StageMixin, ProcessesMixin, ProjectionMixin, CardMixin
         if not batch_samples:
             return None
         each = [self._count(batch) for batch in batch_samples]
-        totals = {name: reduce(add, (counts[name] for counts in each)) for name in each[0]}
+        totals = {name: sum(counts[name] for counts in each) for name in each[0]}
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             numbers = torch.stack([torch.as_tensor(total, device=device) for total in totals.values()])
             totals = dict(zip(totals, self.accelerator.gather(numbers[None]).sum(0).unbind(), strict=True))
@@ -159,7 +158,8 @@ class DistillationTrainer(StageMixin, ProcessesMixin, ProjectionMixin, CardMixin
         return totals["items"]
 
     def _count(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor | int]:
-        return step_counts(self.task, batch, with_tokens=any(stage.terms for stage in self.stages))
+        is_extended = type(self).compute_terms is not DistillationTrainer.compute_terms  # by terms per token, perhaps
+        return step_counts(self.task, batch, is_extended or any(stage.terms for stage in self.stages))
 
     def compute_loss(
         self,
@@ -189,7 +189,7 @@ class DistillationTrainer(StageMixin, ProcessesMixin, ProjectionMixin, CardMixin
         self._log.add(terms, counts[counted], self.accelerator.sync_gradients)
         weighted = {name: weights[name] * term for name, term in terms.items()}
         # At the end of a schedule nothing may count: a step of gradients that are 0.
-        loss = reduce(add, weighted.values()) if weighted else 0.0 * next(iter(outputs.values())).sum()
+        loss = reduce(torch.add, weighted.values()) if weighted else 0.0 * next(iter(outputs.values())).sum()
         if self.args.log_gradient_shares and weighted and self._logs_after_this():
             parameters = [p for p in self.model.parameters() if p.requires_grad]
             self._log.shares = gradient_shares(weighted, parameters)
