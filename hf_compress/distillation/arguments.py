@@ -59,7 +59,7 @@ class TermConfig:
         default=1.0,
         metadata={
             "help": "What the term counts in the loss, at the stage's start. For hidden_mse of students with fewer "
-            "layers, 100 was the best of 10, 100 and 400 on five tasks (benchmarks/distillation_quality.py)."
+            "layers, 100 did better than 10, or as well, on five tasks (benchmarks/distillation_quality.py)."
         },
     )
     end_weight: float | None = field(
