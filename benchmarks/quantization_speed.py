@@ -17,6 +17,7 @@ import gc
 import importlib.metadata
 import json
 import logging
+import re
 import statistics
 import time
 import warnings
@@ -179,15 +180,22 @@ def main() -> None:
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--runs", type=int, default=9)
     parser.add_argument("--shapes", nargs="+", help="model:BATCHxLENGTH, for example bert-base:8x128 (default: many)")
-    parser.add_argument("--models", nargs="+", help="only these, for example float32 int8 (default: all)")
+    parser.add_argument("--models", nargs="+", help="only these beside float32, for example int8 (default: all)")
     parser.add_argument("--result", type=Path)
     arguments = parser.parse_args()
     device = arguments.device
+    for shape in arguments.shapes or ():
+        if not re.fullmatch(rf"({'|'.join(CONFIGS)}):\d+x\d+", shape):
+            parser.error(f"--shapes {shape} is none of {', '.join(CONFIGS)} with a size, such as minilm:8x128")
+    for kind in arguments.models or ():
+        if kind not in MAKERS[device]:
+            parser.error(f"--models {kind!r} is unknown on {device}: give some of {', '.join(MAKERS[device])}")
+    chosen = {"float32", *(arguments.models or MAKERS[device])}
     # bitsandbytes logs a line for each layer of each forward.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     found: dict[str, Any] = {"conditions": conditions(arguments), "missing": {}, "shapes": {}}
     print(json.dumps(found["conditions"], indent=1))
-    makers = {kind: make for kind, make in MAKERS[device].items() if kind in (arguments.models or MAKERS[device])}
+    makers = {kind: make for kind, make in MAKERS[device].items() if kind in chosen}
     wanted = arguments.shapes or [f"{model}:{size}x{length}" for model in CONFIGS for size, length in BATCHES[device]]
     for name in CONFIGS:
         shapes = [shape for shape in wanted if shape.startswith(f"{name}:")]

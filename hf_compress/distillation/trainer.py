@@ -146,7 +146,7 @@ class DistillationTrainer(StageMixin, ProcessesMixin, ProjectionMixin, CardMixin
         check_batches(loader, self.accelerator, self.args.gradient_accumulation_steps, every_batch)
         return loader
 
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
         if not batch_samples:
             return None
         each = [self._count(batch) for batch in batch_samples]
