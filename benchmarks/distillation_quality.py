@@ -25,11 +25,9 @@ each, where accuracy on TREC spoke against the copies and its divergence from th
 what two cores can do. The hidden term first weighed 10; TextBrewer's larger weight suggested others, and 100 was taken
 on held-out rows (2 layers, seed 0) of SQuAD, TREC and MRPC, beside 10 and 400, and of STS-B and SST-2, beside 10. Test
 figures of earlier recipes had been seen by then. STS-B's teacher got a higher rate and more epochs after a student
-without distillation had come level with a first one; TREC got three times, WNUT-17 and SQuAD twice as many steps, MRPC
-twice as many texts per step, and SST-2 four times as many rows, each read once and as it is, after runs whose test
-figures are in the benchmarks' README. General distillation, a shorter one, was tried on held-out rows of MRPC
-(divergence from the teacher 0.17 instead of 0.22) and of WNUT-17, whose students start from other layers than the
-general ones (0.012 instead of 0.013).
+without distillation had come level with a first one; TREC got three times and WNUT-17 twice as many steps, MRPC twice
+as many texts per step, SST-2 and SQuAD all rows instead of some (SST-2's read once and as they are, SQuAD's as often
+as by the teacher), after runs whose test figures are in the benchmarks' README.
 
 Students are saved, reloaded and measured on the test rows in bf16 autocast. Cells are stored when they are done: the
 same command continues, and processes may share --tasks or --kinds. Seconds are wall time of a busy machine.

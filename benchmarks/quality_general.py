@@ -8,6 +8,10 @@ The texts are the training rows of the tasks, as the students read them, and oth
 Half of the pairs are sentences that follow each other, or a sentence and a noisy copy of itself. A row is left out if
 one of its sentences is held out or tested on in any of the tasks, which have sentences in common: without regard to
 case, blanks and punctuation, STS-B's training rows hold 499 of MRPC's 1,725 test pairs.
+
+A shorter training was tried on held-out rows of MRPC (divergence from the teacher 0.17 instead of 0.22) and of
+WNUT-17, whose students start from other layers than the general ones (0.012 instead of 0.013). Four epochs in the
+place of one brought nothing more on MRPC and SQuAD.
 """
 
 import random

@@ -270,7 +270,7 @@ PLANS = {
     "stsb": Plan(2e-4, 5, 32, rows=5_749, epochs=6, batch=16, plain=(1e-4, 3e-4)),
     "mrpc": Plan(1e-4, 4, 32, rows=3_668, epochs=12, batch=32, plain=(1e-4, 3e-4)),
     "sst2": Plan(8e-5, 1, 96, rows=67_349, epochs=1, batch=32, plain=(1e-4, 3e-4)),
-    "squad": Plan(2e-4, 2, 48, rows=1_500, epochs=8, batch=16, plain=(2e-4, 5e-4)),
+    "squad": Plan(2e-4, 2, 48, rows=9_534, epochs=2, batch=16, plain=(2e-4, 5e-4)),
 }
 
 
