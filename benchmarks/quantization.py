@@ -39,7 +39,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from distillation_quality import write
+from quality_cells import write
 from quality_tasks import TASKS
 from quantization_report import goals, report, summary_table, tables
 from structured_pruning import MIN_TOKENS, N_TEXTS, PruningBench

@@ -24,7 +24,8 @@ from typing import Any
 
 import torch
 import transformers
-from distillation_quality import COMMON, write
+from distillation_quality import COMMON
+from quality_cells import write
 from quality_tasks import TASKS
 from quantization import disk_figures
 from safetensors.torch import load_file

@@ -30,8 +30,9 @@ from typing import Any
 
 import torch
 import transformers
-from distillation_quality import Bench, teacher_name, write
+from distillation_quality import Bench
 from pruning_baselines import kwon_cut, l2_cut, random_cut, textpruner_cut
+from quality_cells import teacher_name, write
 from quality_tasks import TASKS
 from transformers import DataCollatorWithPadding, PreTrainedModel
 

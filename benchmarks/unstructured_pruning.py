@@ -31,8 +31,8 @@ from typing import Any
 
 import torch
 import transformers
-from distillation_quality import write
 from pruning_recovery import BATCH, COPIES, EPOCHS, RATE, ROWS, RecoveryBench
+from quality_cells import write
 from quality_tasks import TASKS
 from structured_pruning import MIN_TOKENS, N_TEXTS, PruningBench, summary
 from transformers import PreTrainedModel
