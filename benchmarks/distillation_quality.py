@@ -263,7 +263,7 @@ class Bench:
 
         for depth in DEPTHS[kind]:
             best = choose(plan, kind, depth, score)
-            for seed in plan.seeds(depth, self.seeds):
+            for seed in range(self.seeds):
                 self.student(name, kind, depth, best, seed)
 
     def embeddings(self) -> dict[str, Any]:
@@ -319,7 +319,7 @@ class Bench:
             return self.stored(f"{name}-{student_name(plan, kind, depth, trial, seed)}")
 
         best = choose(plan, kind, depth, lambda depth, trial: (cell(depth, trial) or {}).get("held_out"))
-        found = [cell(depth, best, seed) for seed in plan.seeds(depth, self.seeds)] if best else [None]
+        found = [cell(depth, best, seed) for seed in range(self.seeds)] if best else [None]
         return best, [] if None in found else [one["test"] for one in found]
 
 

@@ -259,14 +259,10 @@ class Plan:
     general: bool = True  # whether its distilled students start from the general one
     distilled: tuple[float, ...] = (8e-4,)
     textbrewer: tuple[float, ...] = (8e-4,)
-    more_seeds: int = 0  # of two layers, where the first ones spread widely
     fewer_epochs: int | None = None  # which those that read no noisy copies may choose in the place of `epochs`
 
     def steps(self, n_rows: int, epochs: int) -> int:
         return math.ceil(min(self.rows, n_rows) / self.batch) * epochs
-
-    def seeds(self, depth: int, n_seeds: int) -> range:
-        return range(n_seeds + self.more_seeds if depth == 2 else n_seeds)
 
 
 PLANS = {
@@ -275,7 +271,7 @@ PLANS = {
     "stsb": Plan(2e-4, 5, 32, rows=5_749, epochs=6, batch=16, plain=(1e-4, 3e-4)),
     "mrpc": Plan(1e-4, 4, 32, rows=3_668, epochs=12, batch=32, plain=(1e-4, 3e-4)),
     "sst2": Plan(8e-5, 1, 96, rows=67_349, epochs=1, batch=32, plain=(1e-4, 3e-4)),
-    "squad": Plan(2e-4, 2, 48, rows=9_534, epochs=6, batch=16, plain=(2e-4, 5e-4), more_seeds=2, fewer_epochs=2),
+    "squad": Plan(2e-4, 2, 48, rows=9_534, epochs=6, batch=16, plain=(2e-4, 5e-4), fewer_epochs=2),
 }
 
 
