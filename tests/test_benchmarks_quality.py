@@ -42,7 +42,7 @@ def test_where_epochs_are_chosen_each_depth_searches_all(bench, depth):
 
 
 @pytest.mark.parametrize(("kind", "epochs"), [("distilled", {6}), ("noisy", {6}), ("on_general", {2})])
-def test_who_reads_noisy_copies_has_no_choice_of_epochs(bench, kind, epochs):
+def test_kinds_without_a_choice_of_epochs(bench, kind, epochs):
     score, asked = scores_from({})
     assert bench["cells"].choose(plan(bench, fewer_epochs=2), kind, 3, score) is None
     assert {number for *_, number in asked} == epochs
