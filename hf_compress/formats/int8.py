@@ -1,13 +1,13 @@
 """Eight-bit integers: weights per output channel, activations per token while the model runs, tables per row."""
 
-import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch import nn
 
-from hf_compress.formats.int8_kernels import LARGEST, Product, Rounded, kernel_for, rescale_
+from hf_compress.formats.int8_kernels import kernel_for
+from hf_compress.formats.int8_operations import LARGEST, Projection
 from hf_compress.formats.packed import PackedEmbedding, PackedLinear, version
 
 
@@ -32,43 +32,7 @@ class _Prepared(NamedTuple):
     weight: torch.Tensor
     scales: torch.Tensor
     versions: tuple[tuple[int, int], tuple[int, int]]
-    product: Product
-
-
-class _Known(NamedTuple):
-    """Hidden states that were rounded, their version by then, and the result."""
-
-    states: weakref.ref
-    version: int
-    rounded: Rounded
-
-
-class _LastRounded:
-    """Rounds hidden states once for the projections that read the same ones: queries, keys and values, for example.
-
-    Only the last ones are known, and only as long as they are there. A change in their place is seen by their
-    version, which tensors of `torch.inference_mode` do not have: these are rounded each time.
-    """
-
-    def __init__(self) -> None:
-        self._known: _Known | None = None
-
-    def round(self, states: torch.Tensor, round_anew: Callable[[], Rounded]) -> Rounded:
-        """The integers and factors of hidden states, which `round_anew` gives where they are not known."""
-        if states.is_inference() or torch.compiler.is_compiling():
-            return round_anew()
-        # Read once: another thread may round others meanwhile.
-        known = self._known
-        if known is None or known.states() is not states or known.version != states._version:
-            known = self._known = _Known(weakref.ref(states, self._forget), states._version, round_anew())
-        return known.rounded
-
-    def _forget(self, states: weakref.ref) -> None:
-        if self._known is not None and self._known.states is states:
-            self._known = None
-
-
-_last_rounded = _LastRounded()
+    projection: Projection
 
 
 class Int8Linear(PackedLinear):
@@ -139,29 +103,28 @@ class Int8Linear(PackedLinear):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Projects hidden states of shape (..., inputs)."""
+        if torch.compiler.is_compiling():
+            return self._project_uncompiled(hidden_states)
+        return self._project_through(hidden_states)
+
+    def _project_through(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled():
             return _StraightThrough.apply(hidden_states, self.bias, self)
         return self._project(hidden_states)
+
+    # A compiled model calls it as it is: torch.compile sees neither versions of tensors nor what our C code does.
+    _project_uncompiled = torch.compiler.disable(_project_through)
 
     def _project(self, hidden_states: torch.Tensor) -> torch.Tensor:
         dtype, shape = hidden_states.dtype, (*hidden_states.shape[:-1], self.out_features)
         if 0 in shape:
             return hidden_states.new_empty(shape)
-        if "smooth" in self.fields:
-            numbers, factors = self._round(hidden_states.float() * self.input_scale)
-        else:
-            numbers, factors = _last_rounded.round(hidden_states, lambda: self._round(hidden_states))
-        outputs = rescale_(self._product()(numbers), factors, self.bias)
+        states = hidden_states.float() * self.input_scale if "smooth" in self.fields else hidden_states
+        outputs = self._projection()(states, self.bias)
         # In a small model, calls that would return the same tensor are some of the time.
-        return (outputs if dtype is torch.float32 else outputs.to(dtype)).view(shape)
+        return (outputs if outputs.dtype is dtype else outputs.to(dtype)).view(shape)
 
-    def _round(self, hidden_states: torch.Tensor) -> Rounded:
-        tokens = hidden_states.reshape(-1, self.in_features)
-        if tokens.dtype is not torch.float32:
-            tokens = tokens.float()
-        return kernel_for(tokens.device.type).round_tokens(tokens)
-
-    def _product(self) -> Product:
+    def _projection(self) -> Projection:
         buffers, known = self._buffers, self._prepared
         weight, scales = buffers["weight"], buffers["weight_scale"]
         if (
@@ -171,9 +134,9 @@ class Int8Linear(PackedLinear):
             or known.versions != (version(weight), version(scales))
         ):
             with torch.no_grad(), torch.inference_mode(False):
-                product = kernel_for(weight.device.type).prepare(weight[0], scales)
-            known = self._prepared = _Prepared(weight, scales, (version(weight), version(scales)), product)
-        return known.product
+                projection = kernel_for(weight.device.type).prepare(weight[0], scales)
+            known = self._prepared = _Prepared(weight, scales, (version(weight), version(scales)), projection)
+        return known.projection
 
     def forget_packed_(self) -> None:
         """Gives back the memory of what products read, until the next one."""

@@ -3,7 +3,7 @@
 import torch
 from torch.nn.functional import linear
 
-from hf_compress.formats.int8_kernels import largest_of_rows
+from hf_compress.formats.int8_operations import largest_of_rows
 
 
 def multiply_unscaled(numbers: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -109,6 +109,17 @@ def test_what_is_prepared_is_neither_saved_nor_copied():
         assert torch.equal(copy.copy(module)(states), expected)
 
 
+def test_compiled_models_call_it_as_it_is():
+    _, module = module_of(40, 30)
+    compiled = torch.compile(module, backend="eager")
+    for n_tokens in (2, 3):
+        states = torch.randn(n_tokens, 40)
+        with torch.no_grad():
+            assert torch.equal(compiled(states), module(states))
+        compiled(states.requires_grad_()).sum().backward()
+        assert torch.equal(states.grad, torch.ones(n_tokens, 30) @ module.dequantize())
+
+
 # Tensors made in inference mode do not count their changes in place.
 @pytest.mark.parametrize(
     ("way", "is_inference"),

@@ -1,20 +1,30 @@
 import logging
 import platform
+import shutil
+import sysconfig
+from pathlib import Path
 
 import pytest
 import torch
 
-from hf_compress.formats import int8, int8_kernels
+from hf_compress.formats import int8, int8_compiled, int8_kernels, int8_operations
 from hf_compress.formats.int8 import Int8Linear, quantize_rows
+from hf_compress.formats.int8_compiled import CompiledProjection
 from hf_compress.formats.int8_kernels import (
     CANDIDATES,
+    COMPILED,
     FLOAT32,
     INT_MM_CUDA,
+    ONEDNN_ROWS,
     Kernel,
     is_exact,
     kernel_for,
+)
+from hf_compress.formats.int8_operations import (
+    in_steps,
     largest_of_rows,
-    rescale_,
+    prepare_float32,
+    round_signed,
 )
 
 EVERY = {kernel.name: kernel for kernel in (*CANDIDATES["cpu"], INT_MM_CUDA, FLOAT32)}
@@ -23,8 +33,7 @@ EXACT = [name for name, kernel in EVERY.items() if is_exact(kernel, "cpu")]
 
 
 def project(kernel: Kernel, tokens: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    numbers, factors = kernel.round_tokens(tokens)
-    return rescale_(kernel.prepare(weight, scales)(numbers), factors, None)
+    return kernel.prepare(weight, scales)(tokens, None)
 
 
 def test_a_product_in_float32_is_always_exact():
@@ -103,8 +112,8 @@ def test_a_product_that_clips_or_is_missing_is_not_used(monkeypatch, caplog):
         return torch.ops.onednn.no_such_product.default(weight, scales)
 
     # Unsigned integers reach further, as oneDNN's do; here a larger weight does.
-    clips = Kernel("clips", FLOAT32.round_tokens, lambda weight, scales: clipping(weight.int() * 2, scales / 2))
-    lacks = Kernel("lacks", FLOAT32.round_tokens, missing)
+    clips = Kernel("clips", in_steps(round_signed, lambda weight, scales: clipping(weight.int() * 2, scales / 2)))
+    lacks = Kernel("lacks", in_steps(round_signed, missing))
     assert not is_exact(clips, "cpu")
     assert not is_exact(lacks, "cpu")
     monkeypatch.setitem(CANDIDATES, "cpu", (clips, lacks))
@@ -129,14 +138,14 @@ def test_other_devices_multiply_in_float32(caplog):
 
 @pytest.fixture
 def roundings(monkeypatch) -> list[int]:
-    """How many tokens were rounded, one entry each time."""
-    kernel, sizes = kernel_for("cpu"), []
+    """How many tokens were rounded before they were multiplied, one entry each time."""
+    sizes = []
 
     def count(tokens):
         sizes.append(len(tokens))
-        return kernel.round_tokens(tokens)
+        return round_signed(tokens)
 
-    monkeypatch.setattr(int8, "kernel_for", lambda _: kernel._replace(round_tokens=count))
+    monkeypatch.setattr(int8, "kernel_for", lambda _: Kernel("counts", in_steps(count, prepare_float32)))
     return sizes
 
 
@@ -171,14 +180,113 @@ def test_hidden_states_that_changed_in_their_place_are_rounded_anew(roundings):
         assert roundings == [3, 3]
 
 
-def test_nothing_is_kept_of_hidden_states_that_are_gone():
+def test_nothing_is_kept_of_hidden_states_that_are_gone(roundings):
     first, _ = two_projections()
     states = torch.randn(3, 8)
     with torch.no_grad():
         first(states)
-    assert int8._last_rounded._known.states() is states
+    assert int8_operations._last_rounded._known.states() is states
     del states
-    assert int8._last_rounded._known is None
+    assert int8_operations._last_rounded._known is None
+
+
+@pytest.mark.skipif(
+    platform.system() != "Linux"
+    or platform.machine() != "x86_64"
+    or shutil.which("gcc") is None
+    or not (Path(sysconfig.get_path("include")) / "Python.h").exists(),
+    reason="our C code is optional",
+)
+def test_c_code_is_there_where_it_can_be_compiled():
+    from hf_compress.formats import int8_vnni
+
+    assert (kernel_for("cpu") is COMPILED) == int8_vnni.is_supported()
+
+
+compiled = pytest.mark.skipif(COMPILED.name not in EXACT, reason="not compiled, or not for this processor")
+SHAPES = [(1, 1, 1), (3, 75, 37), (8, 16, 48), (33, 64, 100), (70, 130, 49), (129, 384, 384)]
+
+
+def random_case(n_tokens: int, n_inputs: int, n_outputs: int) -> tuple[torch.Tensor, ...]:
+    """Tokens, integers of weights, scales and biases."""
+    torch.manual_seed(0)
+    weight, scales = quantize_rows(torch.randn(n_outputs, n_inputs))
+    return torch.randn(n_tokens, n_inputs), weight, scales[:, 0], torch.randn(n_outputs)
+
+
+@compiled
+@pytest.mark.parametrize("shape", SHAPES)
+def test_c_code_gives_each_token_the_same_bits(shape, monkeypatch):
+    tokens, weight, scales, bias = random_case(*shape)
+    project = COMPILED.prepare(weight, scales)
+    found = project(tokens, bias)
+    for row in {0, shape[0] // 2, shape[0] - 1}:
+        assert torch.equal(project(tokens[row : row + 1], bias)[0], found[row])
+    for number in (1, 2, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda number=number: number)
+        assert torch.equal(project(tokens, bias), found)
+    # Every other column of every other row, as of a slice.
+    wide = torch.stack([tokens, tokens], 2).repeat_interleave(2, 0)[::2, :, 0]
+    assert not wide.is_contiguous() or shape == (1, 1, 1)
+    assert torch.equal(project(wide, bias), found)
+
+
+@compiled
+@pytest.mark.parametrize("shape", SHAPES)
+def test_with_amx_the_integers_of_our_c_code_are_multiplied_by_onednn(shape, monkeypatch):
+    tokens, weight, scales, bias = random_case(*shape)
+    monkeypatch.setattr(int8_compiled, "_MANY", -1)
+    for one in (bias, None):
+        by_onednn, by_us = (CompiledProjection(weight, scales, amx) for amx in (True, False))
+        assert torch.equal(by_onednn(tokens, one), by_us(tokens, one))
+        half = tokens.bfloat16()
+        assert torch.equal(by_onednn(half, one).bfloat16(), by_us(half, one))
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_c_code_reads_and_writes_16_bits_as_torch_casts_them(dtype):
+    tokens, weight, scales, bias = random_case(40, 75, 130)
+    tokens[3], tokens[4], tokens[5, 2], tokens[6, 3] = 0, 1e-6, torch.nan, torch.inf
+    # Products out of float16's range become infinite, and those near the smallest number lose bits.
+    scales = scales * torch.logspace(-6, 6, 130)
+    project = COMPILED.prepare(weight, scales)
+    found, expected = project(tokens.to(dtype), bias), project(tokens.to(dtype).float(), bias).to(dtype)
+    assert found.dtype == dtype
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert torch.equal(found.nan_to_num(0.0), expected.nan_to_num(0.0))
+
+
+@compiled
+def test_c_code_and_operations_round_alike():
+    tokens, weight, scales, bias = random_case(200, 384, 200)
+    found, other = COMPILED.prepare(weight, scales)(tokens, bias), ONEDNN_ROWS.prepare(weight, scales)(tokens, bias)
+    # A number halfway between two may be rounded either way.
+    is_far = (found - other).abs().amax(1) > 1e-5 * other.abs().amax(1)
+    assert is_far.float().mean() < 0.05
+    torch.testing.assert_close(found, other, rtol=0, atol=0.01 * float(other.abs().max()))
+
+
+@compiled
+def test_c_code_is_told_the_truth():
+    tokens, weight, scales, bias = random_case(4, 75, 37)
+    project = COMPILED.prepare(weight, scales)
+    with pytest.raises(RuntimeError, match="75 inputs on the CPU"):
+        project(tokens[:, :74], bias)
+    with pytest.raises(RuntimeError, match="on meta"):
+        project(tokens.to("meta"), bias)
+    assert torch.equal(project(tokens.double(), bias), project(tokens, bias))
+    with pytest.raises(RuntimeError, match="37 biases"):
+        project(tokens, bias[:36])
+    with pytest.raises(RuntimeError, match="37 scales"):
+        COMPILED.prepare(weight, scales[:36])
+
+
+@compiled
+def test_rows_too_small_to_divide_by_are_zeros():
+    tokens = torch.full((2, 20), 1e-38)
+    tokens[1] = 1e-44
+    assert COMPILED.prepare(torch.ones(3, 20, dtype=torch.int8), torch.ones(3))(tokens, None).eq(0).all()
 
 
 @pytest.mark.gpu
