@@ -1,4 +1,4 @@
-"""How long one projection takes on this processor: every way to compute it in int8, beside torch.ao and floating point.
+"""How long one projection takes here: every way to compute it in int8, beside torch.ao and floating point.
 
     OMP_NUM_THREADS=1 python benchmarks/int8_projection.py
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from hf_compress.distillation.cache import TeacherCache
+from hf_compress.distillation.cast_weights import CastWeights
 from hf_compress.distillation.chunked import bypassed_head
 from hf_compress.distillation.objective import (
     OWN,
@@ -70,6 +71,7 @@ class Teacher:
         self.model = model.eval()
         # To look for them anew in each step takes as long as a layer of a small model.
         self._modules = list(model.modules())
+        self._weights = CastWeights(model)
         self.task = shared_task(model, student)
         self.cache = cache
         self.prefix = prefix
@@ -146,7 +148,12 @@ class Teacher:
         if "use_cache" in self.columns:
             inputs["use_cache"] = False
         # A teacher that was trained in this process would still compute in that training's precision.
-        with without_autocast(self._modules), autocast, bypassed_head(self.model if is_chunked else None):
+        with (
+            without_autocast(self._modules),
+            autocast,
+            self._weights.in_place(next(iter(inputs.values())).device.type),
+            bypassed_head(self.model if is_chunked else None),
+        ):
             signals = dict(self.model(**inputs, return_dict=True))
         if self._probe is not None:
             signals |= self._probe.take()
