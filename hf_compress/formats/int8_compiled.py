@@ -7,7 +7,7 @@ than to be computed. The C code does all three in one call.
 import torch
 from torch.nn.functional import pad
 
-from hf_compress.formats.int8_operations import LARGEST, Product, Projection, as_tokens, prepare_onednn
+from hf_compress.formats.int8_operations import LARGEST, Product, Projection, prepare_onednn
 
 # As in int8_vnni.c.
 _PANEL, _LANES = 48, 16
@@ -84,7 +84,7 @@ class CompiledProjection:
                 raise RuntimeError(f"{n_outputs} biases on the CPU expected, {tuple(bias.shape)} given")
         address = 0 if bias is None else bias.data_ptr()
         if self._has_amx and n_tokens * self.n_inputs * n_outputs > _MANY * n_threads:
-            return self._project_many(as_tokens(tokens), address, n_threads)
+            return self._project_many(tokens, address, n_threads)
         outputs = torch.empty(n_tokens, n_outputs, dtype=tokens.dtype, device="cpu")
         self._code.project(
             tokens.data_ptr(), n_tokens, self.n_inputs, *self._places, address,
@@ -95,11 +95,15 @@ class CompiledProjection:
     def _project_many(self, tokens: torch.Tensor, bias: int, n_threads: int) -> torch.Tensor:
         if self._onednn is None:
             self._onednn = prepare_onednn(pad(self._weight, (0, self._n_padded - self.n_inputs)), self._scales)
-        n_tokens = len(tokens)
+        n_tokens, dtype = len(tokens), _DTYPES[tokens.dtype]
         numbers = torch.empty(n_tokens, self._n_padded, dtype=torch.uint8, device="cpu")
         ranges = torch.empty(n_tokens, dtype=torch.float32, device="cpu")
         places = numbers.data_ptr(), ranges.data_ptr()
-        self._code.round(tokens.data_ptr(), n_tokens, self.n_inputs, *places, n_threads)
-        outputs = self._onednn(numbers)
-        self._code.rescale(outputs.data_ptr(), n_tokens, self.n_outputs, ranges.data_ptr(), bias, n_threads)
+        self._code.round(tokens.data_ptr(), n_tokens, self.n_inputs, dtype, *places, n_threads)
+        products = self._onednn(numbers)
+        outputs = products if dtype == 0 else torch.empty_like(products, dtype=tokens.dtype)
+        self._code.rescale(
+            products.data_ptr(), n_tokens, self.n_outputs, ranges.data_ptr(), bias,
+            outputs.data_ptr(), dtype, n_threads,
+        )  # fmt: skip
         return outputs

@@ -169,10 +169,15 @@ static void multiply(const Job *job, int n_threads)
     }
 }
 
-VNNI static void rescale_token(float *products, Py_ssize_t n, float range, const float *bias)
+VNNI static void rescale_token(
+    const float *products, Py_ssize_t n, float range, const float *bias, char *outputs, int dtype)
 {
-    for (Py_ssize_t i = 0; i < n; i++)
-        products[i] = products[i] * range + (bias ? bias[i] : 0.0f);
+    for (Py_ssize_t i = 0; i < n; i += LANES) {
+        __mmask16 mask = mask_of(n - i);
+        __m512 output = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, products + i), _mm512_set1_ps(range));
+        output = _mm512_add_ps(output, bias ? _mm512_maskz_loadu_ps(mask, bias + i) : _mm512_setzero_ps());
+        store(outputs + i * size_of(dtype), mask, dtype, output);
+    }
 }
 
 static PyObject *is_supported(PyObject *module, PyObject *nothing)
@@ -253,38 +258,43 @@ static PyObject *project(PyObject *module, PyObject *const *arguments, Py_ssize_
     Py_RETURN_NONE;
 }
 
-/* round(tokens, their number, inputs, numbers, ranges, threads): the numbers are q + 128, padded to whole vectors. */
+/* round(tokens, their number, inputs, dtype, numbers, ranges, threads): q + 128, padded to whole vectors */
 static PyObject *round_tokens(PyObject *module, PyObject *const *arguments, Py_ssize_t n_arguments)
 {
-    long long value[6];
-    if (read_integers(arguments, n_arguments, value, 6))
+    long long value[7];
+    if (read_integers(arguments, n_arguments, value, 7))
         return NULL;
     const char *tokens = (const char *)(intptr_t)value[0];
-    uint8_t *numbers = (uint8_t *)(intptr_t)value[3];
-    float *ranges = (float *)(intptr_t)value[4];
+    uint8_t *numbers = (uint8_t *)(intptr_t)value[4];
+    float *ranges = (float *)(intptr_t)value[5];
+    const int dtype = (int)value[3];
     const Py_ssize_t n_tokens = value[1], n_inputs = value[2], n_padded = round_up(n_inputs, LANES);
     Py_BEGIN_ALLOW_THREADS
-#pragma omp parallel for num_threads((int)value[5]) schedule(static)
+#pragma omp parallel for num_threads((int)value[6]) schedule(static)
     for (Py_ssize_t token = 0; token < n_tokens; token++)
         round_token(
-            tokens + token * n_inputs * sizeof(float), n_inputs, FLOAT32, numbers + token * n_padded, ranges + token);
+            tokens + token * n_inputs * size_of(dtype), n_inputs, dtype, numbers + token * n_padded, ranges + token);
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }
 
-/* rescale(products, their tokens, outputs, ranges, bias or 0, threads): in place, rounded as in multiply_tile. */
+/* rescale(products, their tokens, outputs' number, ranges, bias or 0, outputs, dtype, threads): as in multiply_tile */
 static PyObject *rescale(PyObject *module, PyObject *const *arguments, Py_ssize_t n_arguments)
 {
-    long long value[6];
-    if (read_integers(arguments, n_arguments, value, 6))
+    long long value[8];
+    if (read_integers(arguments, n_arguments, value, 8))
         return NULL;
-    float *products = (float *)(intptr_t)value[0];
+    const float *products = (const float *)(intptr_t)value[0];
     const float *ranges = (const float *)(intptr_t)value[3], *bias = (const float *)(intptr_t)value[4];
+    char *outputs = (char *)(intptr_t)value[5];
+    const int dtype = (int)value[6];
     const Py_ssize_t n_tokens = value[1], n_outputs = value[2];
     Py_BEGIN_ALLOW_THREADS
-#pragma omp parallel for num_threads((int)value[5]) schedule(static)
+#pragma omp parallel for num_threads((int)value[7]) schedule(static)
     for (Py_ssize_t token = 0; token < n_tokens; token++)
-        rescale_token(products + token * n_outputs, n_outputs, ranges[token], bias);
+        rescale_token(
+            products + token * n_outputs, n_outputs, ranges[token], bias,
+            outputs + token * n_outputs * size_of(dtype), dtype);
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }
