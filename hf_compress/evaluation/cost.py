@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 from hf_compress.evaluation.files import weight_files
 from hf_compress.evaluation.inference import inference, model_inputs
 from hf_compress.evaluation.latency import Conditions, Latency, compare_latency
+from hf_compress.formats.int8 import Int8Linear
 from hf_compress.formats.packed import PackedEmbedding
 from hf_compress.modeling.blocks import find_blocks
 from hf_compress.modeling.tasks import unwrap
@@ -203,8 +204,7 @@ def count_macs(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> int:
     Matrix products, convolutions and attention count (half of PyTorch's FLOPs), elementwise operations do not, as is
     usual. Removed heads and neurons are missing from the shapes and so from the count; zeros inside a dense matrix are
     multiplied like any number, and count; sparse kernels count what they multiply, but for CSR, which counts as
-    dense. A quantized layer counts like the matrix product it stands for, with the
-    eight columns of padding that `Int8DynamicConfig` adds to each on a CPU.
+    dense. A quantized layer counts like the matrix product that it stands for.
 
     Args:
         model (`nn.Module`): A Transformers model.
@@ -220,12 +220,39 @@ def count_macs(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> int:
     try:
         for parameter in trained:
             parameter.requires_grad_(False)
-        with inference(model), counter:
+        with inference(model), counter, _counted_by_shape(model, counter) as corrections:
             model(**model_inputs(model, batch))
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
-    return counter.get_total_flops() // 2
+    return counter.get_total_flops() // 2 + sum(corrections)
+
+
+@contextmanager
+def _counted_by_shape(model: nn.Module, counter: FlopCounterMode) -> Iterator[list[int]]:
+    """What has to be added to the count of operations, which C code is not among and others may pad."""
+    corrections: list[int] = []
+    before = 0
+
+    def start(module: nn.Module, *_: Any) -> None:
+        nonlocal before
+        before = counter.get_total_flops()
+
+    def end(module: nn.Module, inputs: tuple[torch.Tensor, ...], outputs: torch.Tensor) -> None:
+        counted = (counter.get_total_flops() - before) // 2
+        corrections.append(outputs.numel() * module.in_features - counted)
+
+    hooks = [
+        hook
+        for module in model.modules()
+        if isinstance(module, Int8Linear)
+        for hook in (module.register_forward_pre_hook(start), module.register_forward_hook(end))
+    ]
+    try:
+        yield corrections
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _flop_formulas() -> dict[Any, Any]:

@@ -73,11 +73,15 @@ class CompiledProjection:
         if tokens.dtype not in _DTYPES:
             tokens = tokens.float()
         n_tokens, n_outputs, n_threads = len(tokens), self.n_outputs, torch.get_num_threads()
+        if torch.jit.is_tracing():
+            raise RuntimeError("torch.jit.trace sees PyTorch's operations alone, not int8 in C: use torch.compile.")
         # The C code believes what it is told.
         if tokens.shape[1] != self.n_inputs or not tokens.is_cpu:
             raise RuntimeError(
                 f"{self.n_inputs} inputs on the CPU expected, {tokens.shape[1]} on {tokens.device} given"
             )
+        if not tokens.data_ptr():
+            raise RuntimeError(f"The tokens are a {type(tokens).__name__} that holds no numbers.")
         if bias is not None:
             bias = bias.float().contiguous()
             if bias.shape != (n_outputs,) or not bias.is_cpu:

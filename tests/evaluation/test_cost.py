@@ -21,6 +21,7 @@ from transformers import (
 
 from hf_compress.evaluation.cost import count_macs, count_parameters, measure_cost, peak_memory, saved_bytes
 from hf_compress.evaluation.latency import compare_latency
+from hf_compress.formats import int8, int8_kernels
 from hf_compress.quantization.config import Int8DynamicConfig
 from hf_compress.quantization.quantize import quantize
 from tests.modeling.tiny import MODEL_TYPES, supports, tiny_batch, tiny_model
@@ -78,6 +79,16 @@ def test_parameters_that_modules_read_as_inputs():
     trained = [parameter.requires_grad for parameter in model.parameters()]
     assert count_macs(model, tiny_batch(model)) == count_macs(normed, tiny_batch(normed))
     assert [parameter.requires_grad for parameter in model.parameters()] == trained
+
+
+@pytest.mark.parametrize("kernel", ["fastest", "oneDNN, rounding by FBGEMM", "torch._int_mm", "float32"])
+def test_macs_of_quantized_models_equal_those_of_float_ones(make_bert, kernel, monkeypatch):
+    if kernel != "fastest":
+        kernels = (*int8_kernels.CANDIDATES["cpu"], int8_kernels.FLOAT32)
+        chosen = next(one for one in kernels if one.name == kernel)
+        monkeypatch.setattr(int8, "kernel_for", lambda device_type: chosen)
+    model = quantize(make_bert(), Int8DynamicConfig())
+    assert count_macs(model, BATCH) == bert_macs()
 
 
 def test_macs_of_an_int8_product_equal_those_of_a_float_one(make_bert):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_compress.formats import int8, int8_compiled, int8_kernels, int8_operations
 from hf_compress.formats.int8 import Int8Linear, quantize_rows
@@ -277,6 +278,10 @@ def test_c_code_is_told_the_truth():
     assert torch.equal(project(tokens.double(), bias), project(tokens, bias))
     with pytest.raises(RuntimeError, match="37 biases"):
         project(tokens, bias[:36])
+    with FakeTensorMode() as mode, pytest.raises(RuntimeError, match="holds no numbers|FakeTensor"):
+        project(mode.from_tensor(tokens), None)
+    with pytest.raises(RuntimeError, match="trace"):
+        torch.jit.trace(lambda states: project(states, None), (tokens,))
     with pytest.raises(RuntimeError, match="37 scales"):
         COMPILED.prepare(weight, scales[:36])
 
