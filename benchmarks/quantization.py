@@ -82,6 +82,8 @@ FORMATS = {
     "bf16": Format(hc.FloatConfig("bf16")),
     "int8": Format(hc.Int8DynamicConfig()),
     "int8-embeddings": Format(hc.Int8DynamicConfig(embeddings=True)),
+    "int8-bf16": Format(hc.Int8DynamicConfig(dtype="bf16")),
+    "int8-embeddings-bf16": Format(hc.Int8DynamicConfig(embeddings=True, dtype="bf16")),
     "fixed-16-tensor": Format(hc.FixedPointConfig(bits=16, granularity="per_tensor", power_of_two=True)),
     "fixed-16": Format(hc.FixedPointConfig(bits=16, power_of_two=True)),
     "fixed-8": Format(hc.FixedPointConfig(bits=8)),

@@ -8,6 +8,8 @@ from typing import Any
 SCORES = {
     "int8": (0.995, None),
     "int8-embeddings": (0.995, None),
+    "int8-bf16": (0.995, None),
+    "int8-embeddings-bf16": (0.995, None),
     "fixed-16-tensor": (0.999, 1.001),
     "fixed-16": (0.999, 1.001),
     "fixed-8": (0.99, None),

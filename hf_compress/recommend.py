@@ -28,6 +28,7 @@ FORMATS: dict[str, Any] = {
     "bf16": FloatConfig("bf16"),
     "fp16": FloatConfig("fp16"),
     "int8": Int8DynamicConfig(),
+    "int8-bf16": Int8DynamicConfig(dtype="bf16"),
     "llm-int8": BitsAndBytesConfig(load_in_8bit=True),
     "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
 }
@@ -182,7 +183,7 @@ def _in_format(model: nn.Module, name: str) -> nn.Module:
 
 def _reason_against(name: str, device: torch.device) -> str | None:
     config = FORMATS[name]
-    if isinstance(config, FloatConfig) and not is_fast(device, config.dtype):
+    if isinstance(config, FloatConfig | Int8DynamicConfig) and config.dtype and not is_fast(device, config.dtype):
         return "this CPU has no instructions for it, and takes many times as long as in float32"
     if isinstance(config, BitsAndBytesConfig) and not is_bitsandbytes_available():
         return "bitsandbytes is missing: pip install bitsandbytes"

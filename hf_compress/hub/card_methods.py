@@ -208,6 +208,7 @@ _VOCABULARY = Reference(
 _STUDENT = Reference("student that starts from its teacher", _DISTILBERT)
 _FORMATS: dict[str, list[Reference]] = {
     "int8": [Reference("integer arithmetic", _INTEGERS)],
+    "int8-bf16": [Reference("integer arithmetic", _INTEGERS)],
     "fixed-point": [Reference("integers with a scale", _INTEGERS)],
     "llm-int8": [
         Reference(

@@ -18,9 +18,11 @@ class Int8DynamicConfig:
         smooth (`float`, *optional*): How far large input channels are made smaller, and their weights larger, 0 to 1:
             alpha in SmoothQuant (Xiao et al., 2023), which takes 0.5. It needs data, and one more pass over the
             inputs of each projection; by default, nothing is moved.
+        dtype (`Literal["bf16", "fp16"]`, *optional*): What all that is not rounded is cast to: attention, norms and
+            the task head run in it too. By default, they stay as they are.
 
     Raises:
-        ValueError: if `smooth` is not between 0 and 1, or the bits are none of these.
+        ValueError: if `smooth` is not between 0 and 1, or the bits or the dtype are none of these.
     """
 
     exclude: tuple[str, ...] = field(
@@ -38,8 +40,13 @@ class Int8DynamicConfig:
         default=8,
         metadata={"help": "Bits of a rounded table's numbers: 8 with a scale per row, or 4 in groups of 32."},
     )
+    dtype: Literal["bf16", "fp16"] | None = field(
+        default=None, metadata={"help": "What all that is not rounded is cast to, bf16 or fp16; None: as it is."}
+    )
 
     def __post_init__(self) -> None:
+        if self.dtype is not None:
+            FloatConfig(self.dtype)  # which knows the types
         if self.embedding_bits not in (4, 8):
             raise ValueError(f"embedding_bits={self.embedding_bits} are not known: give 8, or 4.")
         if self.embedding_bits != 8:

@@ -1,17 +1,20 @@
 """Floating-point numbers of 16 bits: a cast that keeps in float32 what must stay there."""
 
 import logging
+from collections.abc import Collection
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
+from hf_compress.formats.packed import PackedEmbedding, PackedModule
 from hf_compress.modeling.surgery import configs
 from hf_compress.quantization.config import FloatConfig
 from hf_compress.quantization.modules import check_float, stays_float32
 
 logger = logging.getLogger(__name__)
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Instructions of x86 and Arm that multiply matrices of the type, as `torch.cpu.get_capabilities` calls them.
 _FAST = {"bf16": ("avx512_bf16", "amx_bf16", "bf16"), "fp16": ("avx512_fp16", "amx_fp16", "fp16_arith")}
 
@@ -29,20 +32,62 @@ def cast_(model: PreTrainedModel, config: FloatConfig, data: None = None) -> Non
             was.
     """
     check_float(model)
-    dtype = _DTYPES[config.dtype]
-    # The same rule as in `from_pretrained`, or a model that is loaded would differ from the one that was saved.
-    is_kept = stays_float32(model, dtype)
-    # Unlike `.to`, leaves tables of angles as they are, which no checkpoint holds.
-    tensors = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if tensor.is_floating_point()}
-    kept = {id(tensor) for name, tensor in tensors.items() if is_kept(name)}
-    for name, tensor in tensors.items():
-        if id(tensor) not in kept:
+    check_ranges(model, config)
+    cast_rest_(model, config)
+
+
+def check_ranges(model: nn.Module, config: FloatConfig, without: Collection[str] = ()) -> None:
+    """Raises if a number is out of the range of a type.
+
+    Args:
+        model (`nn.Module`): A model in floating point.
+        config (`FloatConfig`): The type.
+        without (collection of `str`, *optional*): Names of tensors that are not going to be cast.
+
+    Raises:
+        ValueError: if a finite weight would become infinite.
+    """
+    dtype = DTYPES[config.dtype]
+    for name, tensor in _to_cast(model, dtype)[0].items():
+        if name not in without:
             _check_range(name, tensor.detach(), dtype)
-    for tensor in tensors.values():
-        tensor.data = tensor.detach().to(torch.float32 if id(tensor) in kept else dtype)
+
+
+def cast_rest_(model: PreTrainedModel, config: FloatConfig) -> None:
+    """Casts what is in floating point, in place: not the scales of packed weights.
+
+    Args:
+        model (`PreTrainedModel`): A model, in which some modules may be in number formats.
+        config (`FloatConfig`): The type.
+    """
+    dtype = DTYPES[config.dtype]
+    cast, kept = _to_cast(model, dtype)
+    for tensors, to in ((cast, dtype), (kept, torch.float32)):
+        for tensor in tensors.values():
+            tensor.data = tensor.detach().to(to)
+    for module in model.modules():
+        if isinstance(module, PackedEmbedding):
+            module.to(dtype)
     for sub_config in configs(model):
         sub_config.dtype = dtype
     _warn_if_slow(model.device, config.dtype)
+
+
+def _to_cast(model: nn.Module, dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """What is cast, and what stays in float32, by name."""
+    # The same rule as in `from_pretrained`, or a model that is loaded would differ from the one that was saved.
+    is_kept = stays_float32(model, dtype)
+    packed = [module for module in model.modules() if isinstance(module, PackedModule)]
+    scales = {id(buffer) for module in packed for buffer in module.buffers(recurse=False)}
+    # Unlike `.to`, leaves tables of angles as they are, which no checkpoint holds.
+    tensors = {
+        name: tensor
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if tensor.is_floating_point() and id(tensor) not in scales
+    }
+    kept = {name: tensor for name, tensor in tensors.items() if is_kept(name)}
+    ids = {id(tensor) for tensor in kept.values()}
+    return {name: tensor for name, tensor in tensors.items() if id(tensor) not in ids}, kept
 
 
 def _check_range(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:

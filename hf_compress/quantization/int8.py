@@ -11,9 +11,10 @@ from transformers import PreTrainedModel
 from hf_compress.formats.int8 import Int8Embedding, Int8Linear
 from hf_compress.formats.packed import PackedModule
 from hf_compress.modeling.projections import read_matrix
-from hf_compress.quantization.config import FixedPointConfig, Int8DynamicConfig
+from hf_compress.quantization.config import FixedPointConfig, FloatConfig, Int8DynamicConfig
 from hf_compress.quantization.fake_quant import fake_quantized
 from hf_compress.quantization.fixed_point import pack_table
+from hf_compress.quantization.float import DTYPES, cast_rest_, check_ranges
 from hf_compress.quantization.modules import check_finite, choose_modules, replace_
 from hf_compress.quantization.observers import visit_inputs
 
@@ -27,15 +28,17 @@ def quantize_int8_(model: PreTrainedModel, config: Int8DynamicConfig, data: Data
 
     Args:
         model (`PreTrainedModel`): A model of a known architecture, in floating point.
-        config (`Int8DynamicConfig`): What stays in floating point, and whether input channels are smoothed.
+        config (`Int8DynamicConfig`): What stays in floating point and of which type, and whether input channels are
+            smoothed.
         data (`Iterable[Mapping[str, torch.Tensor]]`, *optional*): Batches of inputs, needed with `config.smooth`
             alone: otherwise, activations are measured token by token.
 
     Raises:
-        ValueError: if the model is quantized already, a pattern matches nothing, a weight is not finite, or data are
-            missing or do not reach all projections. The model is as it was.
+        ValueError: if the model is quantized already, a pattern matches nothing, a weight is not finite or out of
+            range, or data are missing or do not reach all projections. The model is as it was.
     """
-    modules = choose_modules(model, config.exclude, config.embeddings)
+    rest = None if config.dtype is None else FloatConfig(config.dtype)
+    modules = choose_modules(model, config.exclude, config.embeddings, None if rest is None else DTYPES[rest.dtype])
     for name, module in modules.items():
         check_finite(name, module.weight)
     factors: dict[str, torch.Tensor] = {}
@@ -52,7 +55,11 @@ def quantize_int8_(model: PreTrainedModel, config: Int8DynamicConfig, data: Data
             return Int8Linear.from_smoothed(weight, module.bias, factors[name])
         return Int8Linear.from_float(weight, module.bias)
 
+    if rest is not None:
+        check_ranges(model, rest, without=[f"{name}.weight" for name in modules])
     replace_(model, modules, pack)
+    if rest is not None:
+        cast_rest_(model, rest)
 
 
 def _pack_table(table: nn.Embedding, bits: int) -> PackedModule:

@@ -22,7 +22,10 @@ logger = logging.getLogger(__name__)
 
 
 def choose_modules(
-    model: PreTrainedModel, exclude: Sequence[str] = (), embeddings: bool = False
+    model: PreTrainedModel,
+    exclude: Sequence[str] = (),
+    embeddings: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, nn.Module]:
     """The projections of a model, and its tables of embeddings where asked, that a number format may take.
 
@@ -33,6 +36,7 @@ def choose_modules(
         exclude (`Sequence[str]`, *optional*): Names, or regular expressions for whole names, of modules that stay too,
             with all that is in them. They come on top of the task head.
         embeddings (`bool`, *optional*, defaults to `False`): Whether tables of embeddings are taken.
+        dtype (`torch.dtype`, *optional*): What the rest of the model is going to be in; by default what it is.
 
     Returns:
         `dict[str, nn.Module]`: `nn.Linear`, `Conv1D` and `nn.Embedding` by dotted name, in the order of the model.
@@ -50,7 +54,7 @@ def choose_modules(
     }
     heads = [name for name in found if any(_is_in(name, head) for head in task_head_names(model))]
     excluded = {name for pattern in exclude for name in _matches(found, pattern)}
-    float32 = stays_float32(model, model.dtype)
+    float32 = stays_float32(model, dtype or model.dtype)
     kept = {name for name in found if float32(f"{name}.weight") and found[name].weight.dtype == torch.float32}
     stays = {*heads, *excluded, *kept}
     stays |= _shared_outside(model, [name for name in found if name not in stays])

@@ -11,7 +11,7 @@ from transformers import BitsAndBytesConfig
 from hf_compress.quantization.config import BinaryConfig, FixedPointConfig, FloatConfig, Int8DynamicConfig
 
 # A field of several configs, or one of words, as any of them is parsed.
-_WORDS = {"exclude": list[str], "activations": int, "embedding_bits": int}
+_WORDS = {"exclude": list[str], "activations": int, "embedding_bits": int, "dtype": str}
 _EXCLUDE = "Modules that stay in floating point, besides the task head: names or patterns."
 
 

@@ -129,7 +129,7 @@ def test_from_words_to_table(inputs, tmp_path, call):
     report = json.loads((output / "report.json").read_text())
     assert report["quantization"] == {
         "bf16": {"dtype": "bf16"},
-        "int8": {"exclude": [], "embeddings": True, "embedding_bits": 8, "smooth": None},
+        "int8": {"exclude": [], "embeddings": True, "embedding_bits": 8, "smooth": None, "dtype": None},
     }
     for name in ("dense", "bf16", "int8"):
         assert f"\n{name} " in out

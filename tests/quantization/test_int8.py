@@ -1,5 +1,6 @@
 import copy
 import logging
+import re
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from torch import nn
 from hf_compress.formats.int8 import Int8Embedding, Int8Linear
 from hf_compress.formats.packed import PackedModule
 from hf_compress.modeling.blocks import task_head_names
-from hf_compress.quantization.config import Int8DynamicConfig
+from hf_compress.quantization.config import FloatConfig, Int8DynamicConfig
+from hf_compress.quantization.float import DTYPES
 from hf_compress.quantization.int8 import smoothing_factors
 from hf_compress.quantization.noise import measure_noise
 from hf_compress.quantization.quantize import quantize, quantize_
@@ -167,6 +169,7 @@ def test_data_that_are_not_needed_are_warned_of(caplog):
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated", "ignore:Unsupported layer type")
 def test_adapters_are_trained_on_top():
+    torch.manual_seed(0)
     model = quantize(classifier(), Int8DynamicConfig())
     before = copy.deepcopy(model.state_dict())
     config = LoraConfig(r=2, target_modules=["query", "value"], init_lora_weights=False)
@@ -196,3 +199,54 @@ def test_adapters_are_merged_first():
         quantize(adapted, Int8DynamicConfig())
     merged = adapted.merge_and_unload()
     assert any(isinstance(module, PackedModule) for module in quantize(merged, Int8DynamicConfig()).modules())
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp16"])
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_the_rest_may_be_of_16_bits(model_type, name, tmp_path):
+    model = tiny_model(model_type)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    half = quantize(model, Int8DynamicConfig(dtype=name))
+    # The integers are those of the weights in float32, the rest that of a cast model.
+    integers, cast = quantize(model, Int8DynamicConfig()).state_dict(), quantize(model, FloatConfig(name)).state_dict()
+    is_scale = re.compile(r".*\.weight_scale")
+    for key, tensor in half.state_dict().items():
+        expected = integers[key] if tensor.dtype == torch.int8 or is_scale.fullmatch(key) else cast[key]
+        assert tensor.dtype == expected.dtype, key
+        assert torch.equal(tensor, expected), key
+    assert half.dtype == half.config.dtype == DTYPES[name]
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+    half.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, attn_implementation="eager")
+    batch = tiny_batch(half)
+    if "pixel_values" in batch:
+        batch = {"pixel_values": batch["pixel_values"].to(DTYPES[name])}
+    assert difference(predict(half, batch), predict(loaded, batch)) == 0
+
+
+def test_tables_are_looked_up_in_the_dtype_of_the_rest():
+    model = quantize(classifier(), Int8DynamicConfig(embeddings=True, dtype="bf16"))
+    table = model.get_input_embeddings()
+    assert isinstance(table, Int8Embedding)
+    assert table(torch.tensor([[1]])).dtype is torch.bfloat16
+    assert table.weight_scale.dtype is torch.float32
+
+
+def test_what_must_stay_in_float32_beside_float16_stays():
+    half = quantize(tiny_model("t5"), Int8DynamicConfig(dtype="fp16"))
+    kept = {key for key, tensor in half.state_dict().items() if key.endswith(".wo.weight")}
+    assert kept
+    assert all(half.state_dict()[key].dtype is torch.float32 for key in kept)
+
+
+def test_a_rest_out_of_range_leaves_the_model_as_it_was():
+    model = classifier()
+    with torch.no_grad():
+        model.classifier.bias[0] = 1e6
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"classifier\.bias holds numbers up to 1e\+06"):
+        quantize_(model, Int8DynamicConfig(dtype="fp16"))
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+    assert not getattr(model, "is_quantized", False)
+    with pytest.raises(ValueError, match="dtype='float16'"):
+        Int8DynamicConfig(dtype="float16")
