@@ -310,7 +310,7 @@ def test_cuda_agrees_with_the_cpu(shape):
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="these products are of x86 processors")
-@pytest.mark.parametrize("kernel", CANDIDATES["cpu"], ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("kernel", [one for one in CANDIDATES["cpu"] if one is not COMPILED], ids=lambda one: one.name)
 def test_operations_that_kernels_call_are_there(kernel):
     tokens = (torch.arange(120).view(8, 15) % 255 - 127).float()
     tokens[:, 0] = 127
