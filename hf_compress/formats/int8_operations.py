@@ -38,10 +38,11 @@ def as_tokens(states: torch.Tensor) -> torch.Tensor:
 
 
 class _Known(NamedTuple):
-    """Hidden states that were rounded, their version by then, and the result."""
+    """Hidden states that were rounded, their version by then, by what, and the result."""
 
     states: weakref.ref
     version: int
+    round_tokens: Callable[[torch.Tensor], Rounded]
     rounded: Rounded
 
 
@@ -61,10 +62,14 @@ class _LastRounded:
             return round_tokens(as_tokens(states))
         # Read once: another thread may round others meanwhile.
         known = self._known
-        if known is None or known.states() is not states or known.version != states._version:
-            known = self._known = _Known(
-                weakref.ref(states, self._forget), states._version, round_tokens(as_tokens(states))
-            )
+        if (
+            known is None
+            or known.states() is not states
+            or known.version != states._version
+            or known.round_tokens is not round_tokens
+        ):
+            rounded = round_tokens(as_tokens(states))
+            known = self._known = _Known(weakref.ref(states, self._forget), states._version, round_tokens, rounded)
         return known.rounded
 
     def _forget(self, states: weakref.ref) -> None:

@@ -166,6 +166,13 @@ def test_the_same_hidden_states_are_rounded_once(roundings, dtype):
         assert roundings == [6, 6, 6]
 
 
+def test_what_one_kernel_rounded_is_not_taken_by_another():
+    tokens, weight, scales, _ = random_case(5, 40, 16)
+    found = [EVERY[name].prepare(weight, scales)(tokens, None) for name in EXACT]
+    for one in found:
+        torch.testing.assert_close(one, found[0], rtol=0, atol=0.02 * float(found[0].abs().max()))
+
+
 def test_hidden_states_that_changed_in_their_place_are_rounded_anew(roundings):
     first, second = two_projections()
     for mode in (torch.no_grad(), torch.inference_mode()):
