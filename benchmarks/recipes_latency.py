@@ -4,7 +4,8 @@
 
 Reads the models that `recipes.py` left in its work folder; wants a machine that does nothing else. For each recipe and
 data set with three seeds: forwards of all models taken in turn, medians, by one thread and by two, on batches of 8 and
-32 rows of 64 tokens. "result" is the quantized model; "bf16" the one before that step, loaded in bfloat16.
+32 rows of 64 tokens. "result" is the quantized model; "bf16" the one before that step, loaded in bfloat16; "int8-bf16"
+that one in int8, all else in bfloat16.
 """
 
 import argparse
@@ -36,6 +37,7 @@ def measure(folder: Path, n_runs: int) -> dict[str, float]:
         "dense": load(folder / dense),
         "result": load(folder / result),
         "bf16": load(folder / made[made.index(result) - 1], dtype=torch.bfloat16),
+        "int8-bf16": hc.quantize(load(folder / made[made.index(result) - 1]), hc.Int8DynamicConfig(dtype="bf16")),
     }
     found = {}
     for threads in THREADS:
@@ -44,7 +46,9 @@ def measure(folder: Path, n_runs: int) -> dict[str, float]:
             batch = sample_batch(list(models.values()), size, LENGTH)
             latency = hc.compare_latency(models, batch, n_runs=n_runs)
             found |= {
-                f"{name}, {threads} threads, {size} rows": 1 / latency.ratio[name] for name in ("result", "bf16")
+                f"{name}, {threads} threads, {size} rows": 1 / latency.ratio[name]
+                for name in models
+                if name != "dense"
             }
     return found
 
