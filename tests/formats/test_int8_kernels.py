@@ -2,6 +2,7 @@ import logging
 import platform
 import shutil
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -262,6 +263,20 @@ def test_c_code_reads_and_writes_16_bits_as_torch_casts_them(dtype):
     assert found.dtype == dtype
     assert torch.equal(found.isnan(), expected.isnan())
     assert torch.equal(found.nan_to_num(0.0), expected.nan_to_num(0.0))
+
+
+@compiled
+def test_c_code_may_be_called_by_several_threads_at_once():
+    cases = [random_case(n_tokens, 96, 200) for n_tokens in (40, 64, 150, 7)]
+    calls = [(COMPILED.prepare(weight, scales), tokens, bias) for tokens, weight, scales, bias in cases]
+    expected = [project(tokens, bias) for project, tokens, bias in calls]
+
+    def work(first: int) -> bool:
+        turns = [(first + turn) % len(calls) for turn in range(100)]
+        return all(torch.equal(calls[turn][0](*calls[turn][1:]), expected[turn]) for turn in turns)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(4)))
 
 
 @compiled
