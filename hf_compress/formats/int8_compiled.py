@@ -4,10 +4,15 @@ PyTorch's operations round, multiply and rescale one after the other, and for fe
 than to be computed. The C code does all three in one call.
 """
 
+import logging
+from functools import cache
+
 import torch
 from torch.nn.functional import pad
 
 from hf_compress.formats.int8_operations import LARGEST, Product, Projection, prepare_onednn
+
+logger = logging.getLogger(__name__)
 
 # As in int8_vnni.c.
 _PANEL, _LANES = 48, 16
@@ -36,7 +41,22 @@ def prepare(weight: torch.Tensor, scales: torch.Tensor) -> Projection:
         ImportError: if the C code was not compiled.
         NotImplementedError: if the processor has no AVX-512 VNNI.
     """
-    return CompiledProjection(weight, scales, has_amx())
+    return CompiledProjection(weight, scales, has_amx() and onednn_agrees())
+
+
+@cache
+def onednn_agrees() -> bool:
+    """Whether oneDNN's product gives the bits that our own gives, the largest integers included; found out once."""
+    count = torch.arange(41 * 75, device="cpu").view(41, 75)
+    tokens = (count * 37 % (2 * LARGEST + 1) - LARGEST).float()
+    weight = (count[:37] * 101 % (2 * LARGEST + 1) - LARGEST).to(torch.int8)
+    tokens[:2], weight[:2] = LARGEST, LARGEST
+    project = CompiledProjection(weight, torch.ones(37, dtype=torch.float32, device="cpu"), amx=False)
+    try:
+        return torch.equal(project.project_many(tokens, 0, torch.get_num_threads()), project(tokens, None))
+    except (AttributeError, RuntimeError, TypeError, NotImplementedError) as error:
+        logger.info("oneDNN cannot be used for large products of int8: %s", error)
+        return False
 
 
 class CompiledProjection:
@@ -88,7 +108,7 @@ class CompiledProjection:
                 raise RuntimeError(f"{n_outputs} biases on the CPU expected, {tuple(bias.shape)} given")
         address = 0 if bias is None else bias.data_ptr()
         if self._has_amx and n_tokens * self.n_inputs * n_outputs > _MANY * n_threads:
-            return self._project_many(tokens, address, n_threads)
+            return self.project_many(tokens, address, n_threads)
         outputs = torch.empty(n_tokens, n_outputs, dtype=tokens.dtype, device="cpu")
         self._code.project(
             tokens.data_ptr(), n_tokens, self.n_inputs, *self._places, address,
@@ -96,7 +116,8 @@ class CompiledProjection:
         )  # fmt: skip
         return outputs
 
-    def _project_many(self, tokens: torch.Tensor, bias: int, n_threads: int) -> torch.Tensor:
+    def project_many(self, tokens: torch.Tensor, bias: int, n_threads: int) -> torch.Tensor:
+        """The outputs of many tokens, by oneDNN; the bias is an address, or 0."""
         if self._onednn is None:
             self._onednn = prepare_onednn(pad(self._weight, (0, self._n_padded - self.n_inputs)), self._scales)
         n_tokens, dtype = len(tokens), _DTYPES[tokens.dtype]

@@ -1,3 +1,4 @@
+import functools
 import logging
 import platform
 import shutil
@@ -249,6 +250,30 @@ def test_with_amx_the_integers_of_our_c_code_are_multiplied_by_onednn(shape, mon
         by_onednn, by_us = (CompiledProjection(weight, scales, amx) for amx in (True, False))
         for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             assert torch.equal(by_onednn(tokens.to(dtype), one), by_us(tokens.to(dtype), one))
+
+
+@compiled
+def test_onednn_is_used_with_amx_where_it_gives_the_same_bits(monkeypatch):
+    tokens, weight, scales, bias = random_case(40, 75, 130)
+    monkeypatch.setattr(int8_compiled, "_MANY", -1)
+    monkeypatch.setattr(int8_compiled, "has_amx", lambda: True)
+    expected, used = CompiledProjection(weight, scales, amx=False)(tokens, bias), []
+    prepare_onednn = int8_compiled.prepare_onednn
+
+    def prepare(shift: int, weight: torch.Tensor, scales: torch.Tensor):
+        used.append(shift)
+        product = prepare_onednn(weight, scales)
+        return lambda numbers: product(numbers).add_(shift)
+
+    # The one as it is, one that is a little off, and one that is missing.
+    for name in ("right", "wrong", "missing"):
+        used.clear()
+        found = functools.partial(prepare, int(name == "wrong"))
+        monkeypatch.setattr(int8_compiled, "prepare_onednn", None if name == "missing" else found)
+        int8_compiled.onednn_agrees.cache_clear()
+        assert torch.equal(int8_compiled.prepare(weight, scales)(tokens, bias), expected)
+        assert len(used) == {"right": 2, "wrong": 1, "missing": 0}[name]
+    int8_compiled.onednn_agrees.cache_clear()
 
 
 @compiled
