@@ -10,7 +10,7 @@ from functools import cache
 import torch
 from torch.nn.functional import pad
 
-from hf_compress.formats.int8_operations import LARGEST, Product, Projection, prepare_onednn
+from hf_compress.formats.int8_operations import LARGEST, Product, Projection, largest_numbers, prepare_onednn
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def prepare(weight: torch.Tensor, scales: torch.Tensor) -> Projection:
 
     Raises:
         ImportError: if the C code was not compiled.
-        NotImplementedError: if the processor has no AVX-512 VNNI.
+        RuntimeError: if the processor has no AVX-512 VNNI.
     """
     return CompiledProjection(weight, scales, has_amx() and onednn_agrees())
 
@@ -47,14 +47,11 @@ def prepare(weight: torch.Tensor, scales: torch.Tensor) -> Projection:
 @cache
 def onednn_agrees() -> bool:
     """Whether oneDNN's product gives the bits that our own gives, the largest integers included; found out once."""
-    count = torch.arange(41 * 75, device="cpu").view(41, 75)
-    tokens = (count * 37 % (2 * LARGEST + 1) - LARGEST).float()
-    weight = (count[:37] * 101 % (2 * LARGEST + 1) - LARGEST).to(torch.int8)
-    tokens[:2], weight[:2] = LARGEST, LARGEST
-    project = CompiledProjection(weight, torch.ones(37, dtype=torch.float32, device="cpu"), amx=False)
+    tokens, weight = largest_numbers("cpu")
+    project = CompiledProjection(weight, torch.ones(len(weight), dtype=torch.float32, device="cpu"), amx=False)
     try:
         return torch.equal(project.project_many(tokens, 0, torch.get_num_threads()), project(tokens, None))
-    except (AttributeError, RuntimeError, TypeError, NotImplementedError) as error:
+    except (AttributeError, RuntimeError, TypeError) as error:
         logger.info("oneDNN cannot be used for large products of int8: %s", error)
         return False
 
@@ -72,7 +69,7 @@ class CompiledProjection:
         from hf_compress.formats import int8_vnni
 
         if not int8_vnni.is_supported():
-            raise NotImplementedError("This processor has no AVX-512 VNNI.")
+            raise RuntimeError("This processor has no AVX-512 VNNI.")
         self.n_outputs, self.n_inputs = weight.shape
         if scales.shape != (self.n_outputs,):
             raise RuntimeError(f"{self.n_outputs} scales expected, one per output, {tuple(scales.shape)} given")
@@ -98,10 +95,11 @@ class CompiledProjection:
         # The C code believes what it is told.
         if tokens.shape[1] != self.n_inputs or not tokens.is_cpu:
             raise RuntimeError(
-                f"{self.n_inputs} inputs on the CPU expected, {tokens.shape[1]} on {tokens.device} given"
+                f"{self.n_inputs} inputs on the CPU expected, {tokens.shape[1]} on {tokens.device} given: bring the "
+                "model's inputs to its device, and give it hidden states of its own width."
             )
         if not tokens.data_ptr():
-            raise RuntimeError(f"The tokens are a {type(tokens).__name__} that holds no numbers.")
+            raise RuntimeError(f"A {type(tokens).__name__} holds no numbers to multiply: give real tensors.")
         if bias is not None:
             bias = bias.float().contiguous()
             if bias.shape != (n_outputs,) or not bias.is_cpu:

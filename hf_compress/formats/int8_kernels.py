@@ -12,7 +12,7 @@ import torch
 
 from hf_compress.formats import int8_compiled
 from hf_compress.formats import int8_operations as operations
-from hf_compress.formats.int8_operations import LARGEST, Prepare, in_steps
+from hf_compress.formats.int8_operations import Prepare, in_steps
 
 logger = logging.getLogger(__name__)
 
@@ -66,20 +66,15 @@ def is_exact(kernel: Kernel, device_type: str) -> bool:
     Returns:
         `bool`: Whether it can be used.
     """
-    n_tokens, n_inputs, n_outputs = 41, 75, 37
-    # Whole numbers from -127 to 127, of which each row has the largest: rounding leaves them as they are.
-    count = torch.arange(n_tokens * n_inputs, device=device_type).view(n_tokens, n_inputs)
-    tokens = count * 37 % (2 * LARGEST + 1) - LARGEST
-    weight = count[:n_outputs] * 101 % (2 * LARGEST + 1) - LARGEST
-    tokens[:, :2], tokens[:2], weight[:2], tokens[2] = LARGEST, LARGEST, LARGEST, 0
+    tokens, weight = operations.largest_numbers(device_type)
     expected = (tokens.double() @ weight.double().T).float()
-    scales = torch.ones(n_outputs, device=device_type, dtype=torch.float32)
+    scales = torch.ones(len(weight), device=device_type, dtype=torch.float32)
     try:
-        project = kernel.prepare(weight.to(torch.int8), scales)
-        for n in (1, n_tokens):
-            if not torch.allclose(project(tokens[:n].float(), None), expected[:n], rtol=1e-6, atol=1e-3):
+        project = kernel.prepare(weight, scales)
+        for n in (1, len(tokens)):
+            if not torch.allclose(project(tokens[:n], None), expected[:n], rtol=1e-6, atol=1e-3):
                 return False
-    except (AttributeError, ImportError, RuntimeError, TypeError, NotImplementedError) as error:
+    except (AttributeError, ImportError, RuntimeError, TypeError) as error:
         logger.info("%s cannot be used: %s", kernel.name, error)
         return False
     return True

@@ -31,6 +31,23 @@ Prepare = Callable[[torch.Tensor, torch.Tensor], Projection]
 it gives often."""
 
 
+def largest_numbers(device_type: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and weights to try a product with: whole numbers from -127 to 127, the largest sums among the results.
+
+    Args:
+        device_type (`str`): Where they are made.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: Tokens in float32, one of them 0 and all others with the largest number,
+        so that rounding leaves them as they are; weights in int8, a row per output.
+    """
+    count = torch.arange(41 * 75, device=device_type).view(41, 75)
+    tokens = count * 37 % (2 * LARGEST + 1) - LARGEST
+    weight = count[:37] * 101 % (2 * LARGEST + 1) - LARGEST
+    tokens[:, :2], tokens[:2], weight[:2], tokens[2] = LARGEST, LARGEST, LARGEST, 0
+    return tokens.float(), weight.to(torch.int8)
+
+
 def as_tokens(states: torch.Tensor) -> torch.Tensor:
     """Hidden states in float32, of shape (tokens, inputs)."""
     tokens = states.reshape(-1, states.shape[-1])

@@ -325,7 +325,7 @@ def test_c_code_is_told_the_truth():
     assert torch.equal(project(tokens.double(), bias), project(tokens, bias))
     with pytest.raises(RuntimeError, match="37 biases"):
         project(tokens, bias[:36])
-    with FakeTensorMode() as mode, pytest.raises(RuntimeError, match="holds no numbers|FakeTensor"):
+    with FakeTensorMode() as mode, pytest.raises(RuntimeError, match="holds no numbers"):
         project(mode.from_tensor(tokens), None)
     with pytest.raises(RuntimeError, match="trace"):
         torch.jit.trace(lambda states: project(states, None), (tokens,))
