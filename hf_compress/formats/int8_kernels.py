@@ -5,13 +5,14 @@ model predicts the same wherever it runs, up to the rounding of float32.
 """
 
 import logging
+import time
 from functools import cache
 from typing import NamedTuple
 
 import torch
 
-from hf_compress.formats import int8_compiled
 from hf_compress.formats import int8_operations as operations
+from hf_compress.formats.int8_compiled import INSTRUCTIONS, prepare_with
 from hf_compress.formats.int8_operations import Prepare, in_steps
 
 logger = logging.getLogger(__name__)
@@ -41,11 +42,14 @@ def kernel_for(device_type: str) -> Kernel:
     """
     with torch.no_grad(), torch.inference_mode(False):
         found = next((kernel for kernel in CANDIDATES.get(device_type, ()) if is_exact(kernel, device_type)), None)
+        if found is INT_MM and not is_faster(found, FLOAT32):
+            found = None
     if found is None:
         logger.warning(
-            "This %s has no exact product of eight-bit integers that PyTorch %s knows of (a CPU needs VNNI or AMX, a "
-            "GPU compute capability 7.5), so int8 models multiply in float32: they predict the same, but are slower "
-            "than in floating point. Load the model in floating point here, or move it to another machine.",
+            "This %s has no fast and exact product of eight-bit integers that PyTorch %s knows of (an x86 CPU needs "
+            "VNNI or AMX, or AVX2 and a C compiler when hf_compress is installed, a GPU compute capability 7.5), so "
+            "int8 models multiply in float32: they predict the same, but are slower than in floating point. Load the "
+            "model in floating point here, or move it to another machine.",
             device_type,
             torch.__version__,
         )
@@ -80,7 +84,28 @@ def is_exact(kernel: Kernel, device_type: str) -> bool:
     return True
 
 
-COMPILED = Kernel("compiled for AVX-512 VNNI", int8_compiled.prepare)
+def is_faster(kernel: Kernel, other: Kernel) -> bool:
+    """Whether one kernel takes less time than another on the CPU, which for `torch._int_mm` is a matter of the machine.
+
+    Args:
+        kernel, other (`Kernel`): Both exact.
+
+    Returns:
+        `bool`: By the fastest of three products of 64 tokens each.
+    """
+    weight, tokens = torch.ones(256, 256, dtype=torch.int8, device="cpu"), torch.ones(64, 256, device="cpu")
+    seconds = []
+    for one in (kernel, other):
+        project, times = one.prepare(weight, torch.ones(256, device="cpu")), []
+        for _ in range(3):
+            start = time.perf_counter()
+            project(tokens.clone(), None)
+            times.append(time.perf_counter() - start)
+        seconds.append(min(times))
+    return seconds[0] < seconds[1]
+
+
+COMPILED_AVX2, COMPILED_VNNI, COMPILED_AMX = (Kernel(f"compiled for {name}", prepare_with(name)) for name in INSTRUCTIONS)
 ONEDNN_ROWS = Kernel(
     "oneDNN, rounding by FBGEMM", in_steps(operations.round_unsigned_at_once, operations.prepare_onednn_rows)
 )
@@ -88,5 +113,8 @@ ONEDNN = Kernel("oneDNN", in_steps(operations.round_unsigned, operations.prepare
 INT_MM = Kernel("torch._int_mm", in_steps(operations.round_signed, operations.prepare_int_mm))
 INT_MM_CUDA = Kernel("torch._int_mm on CUDA", in_steps(operations.round_signed, operations.prepare_int_mm_cuda))
 FLOAT32 = Kernel("float32", in_steps(operations.round_signed, operations.prepare_float32))
-CANDIDATES: dict[str, tuple[Kernel, ...]] = {"cpu": (COMPILED, ONEDNN_ROWS, ONEDNN, INT_MM), "cuda": (INT_MM_CUDA,)}
+CANDIDATES: dict[str, tuple[Kernel, ...]] = {
+    "cpu": (COMPILED_AMX, COMPILED_VNNI, ONEDNN_ROWS, ONEDNN, COMPILED_AVX2, INT_MM),
+    "cuda": (INT_MM_CUDA,),
+}
 """By kind of device, what may be there, fastest first."""
