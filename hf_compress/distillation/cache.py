@@ -227,8 +227,7 @@ class TeacherCache:
     def _gather(self, name: str, places: list[tuple[int, int]], mask: torch.Tensor | None) -> torch.Tensor:
         dtype = np.int64 if name == "top_indices" else np.float32
         if mask is None:
-            rows = [self._blocks[block][name][row] for block, row in places]
-            return torch.from_numpy(np.stack(rows).astype(dtype))
+            return torch.from_numpy(self._whole_rows(name, places).astype(dtype))
         parts = []
         for block, row in places:
             start, stop = self._blocks[block][f"{name}.offsets"][row : row + 2]
@@ -237,6 +236,12 @@ class TeacherCache:
         padded = values.new_zeros((*mask.shape, *values.shape[1:]))
         padded[mask] = values
         return padded
+
+    def _whole_rows(self, name: str, places: list[tuple[int, int]]) -> np.ndarray:
+        numbers = {block for block, _ in places}
+        if len(numbers) == 1:
+            return self._blocks[numbers.pop()][name][[row for _, row in places]]
+        return np.stack([self._blocks[block][name][row] for block, row in places])
 
 
 def default_top_k(n_classes: int) -> int:

@@ -6,6 +6,7 @@ into micro-batches, processes and padding.
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -325,6 +326,24 @@ def average(values: torch.Tensor, num_items: torch.Tensor | int, mask: torch.Ten
     if mask is not None:
         values = values.where(mask, 0.0)
     return values.sum() / (num_items.clamp(min=1) if isinstance(num_items, torch.Tensor) else max(num_items, 1))
+
+
+def weighted_sum(terms: Mapping[str, torch.Tensor], weights: Mapping[str, float]) -> torch.Tensor:
+    """The loss, of its terms.
+
+    Args:
+        terms (`Mapping`): Tensors of shape `()` by name, one at least.
+        weights (`Mapping`): What each counts.
+
+    Returns:
+        `torch.Tensor` of shape `()`: Their weighted sum.
+    """
+    (first, term), *others = terms.items()
+    total = weights[first] * term
+    for name, term in others:
+        # One operation instead of two.
+        total = torch.add(total, term, alpha=weights[name])
+    return total
 
 
 def _log_probs(logits: torch.Tensor, temperature: float, class_mask: torch.Tensor | None) -> torch.Tensor:

@@ -58,6 +58,8 @@ def output_values(
     Returns:
         `dict[str, torch.Tensor]`: `kd_loss` and `task_loss`, of shape (items,), as far as they are asked for.
     """
+    # Once for both terms: on a GPU, each small operation costs as much as a larger one.
+    student = student._replace(logits=student.logits.float())
     values = {}
     if setting.imitates:
         shared = student if n_shared is None else student._replace(logits=student.logits[..., :n_shared])

@@ -187,6 +187,8 @@ class Teacher:
             return Targets(items_of(self.task, signals, {**batch, **self._own_mask(batch)}, pooling).logits)
         if self.task == "token-classification" and POSITIONS in batch:
             signals = {**signals, "logits": gather_positions(signals["logits"], batch[POSITIONS])}
+        if self.task in CLASSIFICATION:
+            return Targets(self.in_order(signals["logits"]))
         logits = items_of(self.task, signals, batch, pooling).logits
         if is_chunked:
             return Targets(logits, head=unwrap(self.model).get_output_embeddings())

@@ -11,6 +11,9 @@ from hf_compress.distillation.signals import Signals
 
 logger = logging.getLogger(__name__)
 
+# Values that are kept before they are added up: one operation for so many, which matters on a GPU.
+_KEPT = 64
+
 
 class TermLog:
     """Sums of the terms since the last log, and what went wrong with them."""
@@ -22,7 +25,7 @@ class TermLog:
         """Forgets everything noted."""
         self.shares: dict[str, torch.Tensor] = {}
         self.n_steps = 0
-        self._sums: dict[str, torch.Tensor] = {}
+        self._values: dict[str, list[torch.Tensor]] = {}
         self._term_steps: dict[str, int] = {}
         self._zero: torch.Tensor | None = None
         self._empty_steps: torch.Tensor | int = 0
@@ -36,8 +39,10 @@ class TermLog:
             ends_step (`bool`): Whether it is the last of the step.
         """
         for name, term in terms.items():
-            term = term.detach()
-            self._sums[name] = self._sums[name] + term if name in self._sums else term
+            values = self._values.setdefault(name, [])
+            values.append(term.detach())
+            if len(values) == _KEPT:
+                values[:] = [torch.stack(values).sum()]
             # A term may be of one stage only: its mean is over the steps that had it.
             self._term_steps[name] = self._term_steps.get(name, 0) + ends_step
         self.n_steps += ends_step
@@ -93,8 +98,9 @@ class TermLog:
                 self.n_steps,
             )
         means = {
-            name: nested_gather(total, parallel_mode).mean().item() / max(self._term_steps[name], 1)
-            for name, total in self._sums.items()
+            name: nested_gather(torch.stack(values).sum(), parallel_mode).mean().item()
+            / max(self._term_steps[name], 1)
+            for name, values in self._values.items()
         }
         means |= {f"{name}_gradient_share": share.item() for name, share in self.shares.items()}
         self.reset()

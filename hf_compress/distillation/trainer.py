@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import reduce
 from typing import Any
 
 import torch
@@ -187,12 +186,11 @@ class DistillationTrainer(StageMixin, ProcessesMixin, ProjectionMixin, CardMixin
             terms = {name: term * self.args.world_size for name, term in terms.items()}
         counted = "labelled" if set(terms) == {TASK} else "items"
         self._log.add(terms, counts[counted], self.accelerator.sync_gradients)
-        weighted = {name: weights[name] * term for name, term in terms.items()}
         # At the end of a schedule nothing may count: a step of gradients that are 0.
-        loss = reduce(torch.add, weighted.values()) if weighted else 0.0 * next(iter(outputs.values())).sum()
-        if self.args.log_gradient_shares and weighted and self._logs_after_this():
+        loss = losses.weighted_sum(terms, weights) if terms else 0.0 * next(iter(outputs.values())).sum()
+        if self.args.log_gradient_shares and terms and self._logs_after_this():
             parameters = [p for p in self.model.parameters() if p.requires_grad]
-            self._log.shares = gradient_shares(weighted, parameters)
+            self._log.shares = gradient_shares({name: weights[name] * terms[name] for name in terms}, parameters)
         loss = self._reach_all(loss, outputs, tuple(terms))
         return (loss, outputs) if return_outputs else loss
 

@@ -51,7 +51,9 @@ class CompiledProjection:
             raise RuntimeError(f"{self.n_outputs} scales expected, one per output, {tuple(scales.shape)} given")
         self._code, self._scales = int8_native, scales.float() / LARGEST
         n_rows, weight = self.n_outputs + -self.n_outputs % panel, weight.contiguous()
-        self._panels = torch.empty(n_rows * (self.n_inputs + -self.n_inputs % multiple), dtype=torch.int8, device="cpu")
+        self._panels = torch.empty(
+            n_rows * (self.n_inputs + -self.n_inputs % multiple), dtype=torch.int8, device="cpu"
+        )
         self._sums = torch.empty(n_rows, dtype=torch.int32, device="cpu")
         # The addresses are read once: a call costs as much as some thousand multiplications.
         self._places = self._panels.data_ptr(), self._sums.data_ptr(), self._scales.data_ptr()

@@ -105,7 +105,9 @@ def is_faster(kernel: Kernel, other: Kernel) -> bool:
     return seconds[0] < seconds[1]
 
 
-COMPILED_AVX2, COMPILED_VNNI, COMPILED_AMX = (Kernel(f"compiled for {name}", prepare_with(name)) for name in INSTRUCTIONS)
+COMPILED_AVX2, COMPILED_VNNI, COMPILED_AMX = (
+    Kernel(f"compiled for {name}", prepare_with(name)) for name in INSTRUCTIONS
+)
 ONEDNN_ROWS = Kernel(
     "oneDNN, rounding by FBGEMM", in_steps(operations.round_unsigned_at_once, operations.prepare_onednn_rows)
 )

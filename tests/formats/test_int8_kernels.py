@@ -1,4 +1,3 @@
-import functools
 import logging
 import platform
 import shutil
@@ -10,15 +9,16 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hf_compress.formats import int8, int8_compiled, int8_kernels, int8_operations
+from hf_compress.formats import int8, int8_kernels, int8_operations
 from hf_compress.formats.int8 import Int8Linear, quantize_rows
-from hf_compress.formats.int8_compiled import CompiledProjection
+from hf_compress.formats.int8_compiled import INSTRUCTIONS
 from hf_compress.formats.int8_kernels import (
     CANDIDATES,
-    COMPILED,
+    COMPILED_AMX,
+    COMPILED_AVX2,
+    COMPILED_VNNI,
     FLOAT32,
     INT_MM_CUDA,
-    ONEDNN_ROWS,
     Kernel,
     is_exact,
     kernel_for,
@@ -30,6 +30,7 @@ from hf_compress.formats.int8_operations import (
     round_signed,
 )
 
+COMPILED = (COMPILED_AVX2, COMPILED_VNNI, COMPILED_AMX)
 EVERY = {kernel.name: kernel for kernel in (*CANDIDATES["cpu"], INT_MM_CUDA, FLOAT32)}
 # On this processor: those that are missing or clip are not used by `kernel_for` either.
 EXACT = [name for name, kernel in EVERY.items() if is_exact(kernel, "cpu")]
@@ -208,12 +209,35 @@ def test_nothing_is_kept_of_hidden_states_that_are_gone(roundings):
     reason="our C code is optional",
 )
 def test_c_code_is_there_where_it_can_be_compiled():
-    from hf_compress.formats import int8_vnni
+    from hf_compress.formats import int8_native
 
-    assert (kernel_for("cpu") is COMPILED) == int8_vnni.is_supported()
+    supported = {f"compiled for {name}": is_supported for name, is_supported, _, _ in int8_native.sets()}
+    assert {kernel.name: kernel.name in EXACT for kernel in COMPILED} == supported
 
 
-compiled = pytest.mark.skipif(COMPILED.name not in EXACT, reason="not compiled, or not for this processor")
+def test_the_c_code_and_its_callers_number_instructions_alike():
+    native = pytest.importorskip("hf_compress.formats.int8_native")
+    assert tuple(name for name, *_ in native.sets()) == INSTRUCTIONS
+    for wrong in (-1, len(INSTRUCTIONS)):
+        with pytest.raises(ValueError, match="none has the number"):
+            native.pack(wrong, 0, 0, 0, 0, 0)
+    with pytest.raises(TypeError, match="6 integers expected, 2 given"):
+        native.pack(0, 0)
+    with pytest.raises(TypeError):
+        native.pack(0, "weights", 0, 0, 0, 0)
+
+
+compiled = pytest.mark.parametrize(
+    "kernel",
+    [
+        pytest.param(
+            kernel,
+            id=kernel.name,
+            marks=pytest.mark.skipif(kernel.name not in EXACT, reason="not compiled, or not for this processor"),
+        )
+        for kernel in COMPILED
+    ],
+)
 SHAPES = [(1, 1, 1), (3, 75, 37), (8, 16, 48), (33, 64, 100), (70, 130, 49), (129, 384, 384)]
 
 
@@ -226,9 +250,9 @@ def random_case(n_tokens: int, n_inputs: int, n_outputs: int) -> tuple[torch.Ten
 
 @compiled
 @pytest.mark.parametrize("shape", SHAPES)
-def test_c_code_gives_each_token_the_same_bits(shape, monkeypatch):
+def test_c_code_gives_each_token_the_same_bits(shape, kernel, monkeypatch):
     tokens, weight, scales, bias = random_case(*shape)
-    project = COMPILED.prepare(weight, scales)
+    project = kernel.prepare(weight, scales)
     found = project(tokens, bias)
     for row in {0, shape[0] // 2, shape[0] - 1}:
         assert torch.equal(project(tokens[row : row + 1], bias)[0], found[row])
@@ -241,49 +265,25 @@ def test_c_code_gives_each_token_the_same_bits(shape, monkeypatch):
     assert torch.equal(project(wide, bias), found)
 
 
-@compiled
 @pytest.mark.parametrize("shape", SHAPES)
-def test_with_amx_the_integers_of_our_c_code_are_multiplied_by_onednn(shape, monkeypatch):
+def test_every_set_of_instructions_gives_the_same_bits(shape):
     tokens, weight, scales, bias = random_case(*shape)
-    monkeypatch.setattr(int8_compiled, "_MANY", -1)
+    tokens[-1, -1], tokens[0, 0] = torch.inf, torch.nan
+    projections = [kernel.prepare(weight, scales) for kernel in COMPILED if kernel.name in EXACT]
     for one in (bias, None):
-        by_onednn, by_us = (CompiledProjection(weight, scales, amx) for amx in (True, False))
         for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-            assert torch.equal(by_onednn(tokens.to(dtype), one), by_us(tokens.to(dtype), one))
-
-
-@compiled
-def test_onednn_is_used_with_amx_where_it_gives_the_same_bits(monkeypatch):
-    tokens, weight, scales, bias = random_case(40, 75, 130)
-    monkeypatch.setattr(int8_compiled, "_MANY", -1)
-    monkeypatch.setattr(int8_compiled, "has_amx", lambda: True)
-    expected, used = CompiledProjection(weight, scales, amx=False)(tokens, bias), []
-    prepare_onednn = int8_compiled.prepare_onednn
-
-    def prepare(shift: int, weight: torch.Tensor, scales: torch.Tensor):
-        used.append(shift)
-        product = prepare_onednn(weight, scales)
-        return lambda numbers: product(numbers).add_(shift)
-
-    # The one as it is, one that is a little off, and one that is missing.
-    for name in ("right", "wrong", "missing"):
-        used.clear()
-        found = functools.partial(prepare, int(name == "wrong"))
-        monkeypatch.setattr(int8_compiled, "prepare_onednn", None if name == "missing" else found)
-        int8_compiled.onednn_agrees.cache_clear()
-        assert torch.equal(int8_compiled.prepare(weight, scales)(tokens, bias), expected)
-        assert len(used) == {"right": 2, "wrong": 1, "missing": 0}[name]
-    int8_compiled.onednn_agrees.cache_clear()
+            found = [project(tokens.to(dtype), one) for project in projections]
+            assert all(torch.equal(one.nan_to_num(0.5), found[0].nan_to_num(0.5)) for one in found)
 
 
 @compiled
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_c_code_reads_and_writes_16_bits_as_torch_casts_them(dtype):
+def test_c_code_reads_and_writes_16_bits_as_torch_casts_them(dtype, kernel):
     tokens, weight, scales, bias = random_case(40, 75, 130)
     tokens[3], tokens[4], tokens[5, 2], tokens[6, 3] = 0, 1e-6, torch.nan, torch.inf
     # Products out of float16's range become infinite, and those near the smallest number lose bits.
     scales = scales * torch.logspace(-6, 6, 130)
-    project = COMPILED.prepare(weight, scales)
+    project = kernel.prepare(weight, scales)
     found, expected = project(tokens.to(dtype), bias), project(tokens.to(dtype).float(), bias).to(dtype)
     assert found.dtype == dtype
     assert torch.equal(found.isnan(), expected.isnan())
@@ -291,9 +291,9 @@ def test_c_code_reads_and_writes_16_bits_as_torch_casts_them(dtype):
 
 
 @compiled
-def test_c_code_may_be_called_by_several_threads_at_once():
+def test_c_code_may_be_called_by_several_threads_at_once(kernel):
     cases = [random_case(n_tokens, 96, 200) for n_tokens in (40, 64, 150, 7)]
-    calls = [(COMPILED.prepare(weight, scales), tokens, bias) for tokens, weight, scales, bias in cases]
+    calls = [(kernel.prepare(weight, scales), tokens, bias) for tokens, weight, scales, bias in cases]
     expected = [project(tokens, bias) for project, tokens, bias in calls]
 
     def work(first: int) -> bool:
@@ -305,9 +305,9 @@ def test_c_code_may_be_called_by_several_threads_at_once():
 
 
 @compiled
-def test_c_code_and_operations_round_alike():
+def test_c_code_and_operations_round_alike(kernel):
     tokens, weight, scales, bias = random_case(200, 384, 200)
-    found, other = COMPILED.prepare(weight, scales)(tokens, bias), ONEDNN_ROWS.prepare(weight, scales)(tokens, bias)
+    found, other = (one.prepare(weight, scales)(tokens, bias) for one in (kernel, FLOAT32))
     # A number halfway between two may be rounded either way.
     is_far = (found - other).abs().amax(1) > 1e-5 * other.abs().amax(1)
     assert is_far.float().mean() < 0.05
@@ -315,9 +315,9 @@ def test_c_code_and_operations_round_alike():
 
 
 @compiled
-def test_c_code_is_told_the_truth():
+def test_c_code_is_told_the_truth(kernel):
     tokens, weight, scales, bias = random_case(4, 75, 37)
-    project = COMPILED.prepare(weight, scales)
+    project = kernel.prepare(weight, scales)
     with pytest.raises(RuntimeError, match="75 inputs on the CPU"):
         project(tokens[:, :74], bias)
     with pytest.raises(RuntimeError, match="on meta"):
@@ -330,14 +330,14 @@ def test_c_code_is_told_the_truth():
     with pytest.raises(RuntimeError, match="trace"):
         torch.jit.trace(lambda states: project(states, None), (tokens,))
     with pytest.raises(RuntimeError, match="37 scales"):
-        COMPILED.prepare(weight, scales[:36])
+        kernel.prepare(weight, scales[:36])
 
 
 @compiled
-def test_rows_too_small_to_divide_by_are_zeros():
+def test_rows_too_small_to_divide_by_are_zeros(kernel):
     tokens = torch.full((2, 20), 1e-38)
     tokens[1] = 1e-44
-    assert COMPILED.prepare(torch.ones(3, 20, dtype=torch.int8), torch.ones(3))(tokens, None).eq(0).all()
+    assert kernel.prepare(torch.ones(3, 20, dtype=torch.int8), torch.ones(3))(tokens, None).eq(0).all()
 
 
 @pytest.mark.gpu
@@ -357,7 +357,7 @@ def test_cuda_agrees_with_the_cpu(shape):
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="these products are of x86 processors")
-@pytest.mark.parametrize("kernel", [one for one in CANDIDATES["cpu"] if one is not COMPILED], ids=lambda one: one.name)
+@pytest.mark.parametrize("kernel", [one for one in CANDIDATES["cpu"] if one not in COMPILED], ids=lambda one: one.name)
 def test_operations_that_kernels_call_are_there(kernel):
     tokens = (torch.arange(120).view(8, 15) % 255 - 127).float()
     tokens[:, 0] = 127
