@@ -30,7 +30,7 @@ clean:
 
 # The mark "unfinished" becomes "ready" only after the last line. If it is found at the start, the previous install was
 # interrupted and may have left half-written packages, which pip takes for whole ones: begin anew.
-$(READY): pyproject.toml constraints.txt hf_compress/formats/int8_vnni.c
+$(READY): pyproject.toml constraints.txt $(wildcard hf_compress/formats/csrc/*)
 	if [ -e $(UNFINISHED) ]; then rm -rf $(VENV); fi
 	$(PYTHON) -m venv $(VENV)
 	touch $(UNFINISHED)

@@ -97,10 +97,10 @@ class TermLog:
                 n_empty,
                 self.n_steps,
             )
+        totals = {name: torch.stack(values).sum() for name, values in self._values.items()}
         means = {
-            name: nested_gather(torch.stack(values).sum(), parallel_mode).mean().item()
-            / max(self._term_steps[name], 1)
-            for name, values in self._values.items()
+            name: nested_gather(total, parallel_mode).mean().item() / max(self._term_steps[name], 1)
+            for name, total in totals.items()
         }
         means |= {f"{name}_gradient_share": share.item() for name, share in self.shares.items()}
         self.reset()

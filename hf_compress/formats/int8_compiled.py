@@ -50,13 +50,12 @@ class CompiledProjection:
         if scales.shape != (self.n_outputs,):
             raise RuntimeError(f"{self.n_outputs} scales expected, one per output, {tuple(scales.shape)} given")
         self._code, self._scales = int8_native, scales.float() / LARGEST
-        n_rows, weight = self.n_outputs + -self.n_outputs % panel, weight.contiguous()
-        self._panels = torch.empty(
-            n_rows * (self.n_inputs + -self.n_inputs % multiple), dtype=torch.int8, device="cpu"
-        )
+        n_rows, n_columns = self.n_outputs + -self.n_outputs % panel, self.n_inputs + -self.n_inputs % multiple
+        self._panels = torch.empty(n_rows * n_columns, dtype=torch.int8, device="cpu")
         self._sums = torch.empty(n_rows, dtype=torch.int32, device="cpu")
         # The addresses are read once: a call costs as much as some thousand multiplications.
         self._places = self._panels.data_ptr(), self._sums.data_ptr(), self._scales.data_ptr()
+        weight = weight.contiguous()
         self._code.pack(self._set, weight.data_ptr(), *weight.shape, *self._places[:2])
 
     def __call__(self, states: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -339,9 +339,9 @@ def test_examples_without_a_label_do_not_count(tmp_path):
     rows = tiny_rows("single-label")
     unlabelled = [{**row, "labels": losses.IGNORED if n > 2 else row["labels"]} for n, row in enumerate(rows)]
     few = train_log(make_trainer("single-label", tmp_path, rows=rows[:3], alpha=0.0))
-    assert train_log(make_trainer("single-label", tmp_path, rows=unlabelled, alpha=0.0))["loss"] == pytest.approx(
-        few["loss"], rel=1e-6
-    )
+    found = train_log(make_trainer("single-label", tmp_path, rows=unlabelled, alpha=0.0))
+    # Other numbers of rows may be added up in another order.
+    assert found["loss"] == pytest.approx(few["loss"], rel=1e-6)
     nested = [{**row, "labels": [row["labels"]]} for row in rows]
     plain = train_log(make_trainer("single-label", tmp_path, rows=rows))
     assert train_log(make_trainer("single-label", tmp_path, rows=nested))["loss"] == plain["loss"]

@@ -2,6 +2,7 @@ import logging
 import platform
 import shutil
 import sysconfig
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -130,6 +131,25 @@ def test_a_product_that_clips_or_is_missing_is_not_used(monkeypatch, caplog):
         kernel_for.cache_clear()
     assert len(caplog.records) == 1
     assert "slower than in floating point" in caplog.text
+
+
+@pytest.mark.parametrize("is_slow", [True, False])
+def test_a_product_of_integers_slower_than_float32_is_not_used(is_slow, monkeypatch):
+    def waiting(kernel: Kernel) -> Kernel:
+        def prepare(weight: torch.Tensor, scales: torch.Tensor):
+            project = kernel.prepare(weight, scales)
+            return lambda states, bias: time.sleep(0.2) or project(states, bias)
+
+        return Kernel(kernel.name, prepare)
+
+    name = "INT_MM" if is_slow else "FLOAT32"
+    monkeypatch.setattr(int8_kernels, name, waiting(getattr(int8_kernels, name)))
+    monkeypatch.setitem(CANDIDATES, "cpu", (int8_kernels.INT_MM,))
+    kernel_for.cache_clear()
+    try:
+        assert kernel_for("cpu") is (int8_kernels.FLOAT32 if is_slow else int8_kernels.INT_MM)
+    finally:
+        kernel_for.cache_clear()
 
 
 def test_other_devices_multiply_in_float32(caplog):

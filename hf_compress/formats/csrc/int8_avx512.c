@@ -1,9 +1,9 @@
 /* For processors with AVX-512: products by VNNI, or by AMX.
 
    Both multiply unsigned by signed bytes, and add four products to a sum of 32 bits. A token's integers are stored as
-   q + 128; 128 times the sum of each output's weights is taken off again. VNNI keeps the sums of TILE tokens by PANEL
-   outputs in registers. AMX has eight tiles of 16 rows of 64 bytes: four for the sums of 32 tokens by 32 outputs, two
-   for their integers, two for weights. */
+   q + 128; 128 times the sum of each output's weights is taken off again. VNNI keeps the sums of TILE tokens by a panel
+   of outputs in registers. AMX has eight tiles of 16 rows of 64 bytes: four for the sums of 32 tokens by 32 outputs, two
+   for their integers, two for weights; few tokens would leave them empty, and are multiplied by VNNI. */
 
 #include "int8.h"
 #ifdef __linux__
@@ -17,8 +17,7 @@
 #define AMX __attribute__((target("avx512f,avx512bw,avx512vl,amx-tile,amx-int8")))
 #define INLINE static inline __attribute__((always_inline))
 #define LANES 16
-#define VECTORS 3
-#define PANEL (VECTORS * LANES)
+#define VECTORS 3 /* of outputs, in a panel of VNNI */
 #define TILE 8
 #define SQUARE 32 /* tokens and outputs whose sums AMX keeps */
 #define STEP 64   /* inputs of a tile */
@@ -103,7 +102,8 @@ AVX512 INLINE void rescale(const Job *job, const Rescaling *by, Py_ssize_t token
     store(place, by->mask, job->dtype, _mm512_add_ps(product, by->bias));
 }
 
-VNNI INLINE void multiply_tile(const Job *job, Py_ssize_t token, Py_ssize_t output, const int rows)
+VNNI INLINE void multiply_tile(
+    const Job *job, Py_ssize_t token, Py_ssize_t output, const int rows, const int vectors)
 {
     const Py_ssize_t n_padded = job->n_padded;
     const char *numbers = job->numbers + token * job->stride;
@@ -112,12 +112,12 @@ VNNI INLINE void multiply_tile(const Job *job, Py_ssize_t token, Py_ssize_t outp
     #pragma GCC unroll 8
     for (int row = 0; row < rows; row++)
         #pragma GCC unroll 3
-        for (int vector = 0; vector < VECTORS; vector++)
+        for (int vector = 0; vector < vectors; vector++)
             sums[row][vector] = _mm512_setzero_si512();
-    for (Py_ssize_t i = 0; i < n_padded; i += 4, panel += 4 * PANEL) {
+    for (Py_ssize_t i = 0; i < n_padded; i += 4, panel += 4 * vectors * LANES) {
         __m512i weights[VECTORS];
         #pragma GCC unroll 3
-        for (int vector = 0; vector < VECTORS; vector++)
+        for (int vector = 0; vector < vectors; vector++)
             weights[vector] = _mm512_loadu_si512(panel + vector * 64);
         #pragma GCC unroll 8
         for (int row = 0; row < rows; row++) {
@@ -125,12 +125,12 @@ VNNI INLINE void multiply_tile(const Job *job, Py_ssize_t token, Py_ssize_t outp
             memcpy(&four, numbers + row * job->stride + i, 4);
             __m512i repeated = _mm512_set1_epi32(four);
             #pragma GCC unroll 3
-            for (int vector = 0; vector < VECTORS; vector++)
+            for (int vector = 0; vector < vectors; vector++)
                 sums[row][vector] = _mm512_dpbusd_epi32(sums[row][vector], repeated, weights[vector]);
         }
     }
     #pragma GCC unroll 3
-    for (int vector = 0; vector < VECTORS; vector++) {
+    for (int vector = 0; vector < vectors; vector++) {
         Py_ssize_t first = output + vector * LANES;
         if (first >= job->n_outputs)
             break;
@@ -141,19 +141,31 @@ VNNI INLINE void multiply_tile(const Job *job, Py_ssize_t token, Py_ssize_t outp
     }
 }
 
-VNNI static void multiply_vnni(const Job *job, Py_ssize_t token, Py_ssize_t end, Py_ssize_t output)
+VNNI INLINE void multiply_tiles(
+    const Job *job, Py_ssize_t token, Py_ssize_t end, Py_ssize_t output, const int vectors)
 {
     for (; end - token >= TILE; token += TILE)
-        multiply_tile(job, token, output, TILE);
+        multiply_tile(job, token, output, TILE, vectors);
     switch (end - token) {
-    case 7: multiply_tile(job, token, output, 7); break;
-    case 6: multiply_tile(job, token, output, 6); break;
-    case 5: multiply_tile(job, token, output, 5); break;
-    case 4: multiply_tile(job, token, output, 4); break;
-    case 3: multiply_tile(job, token, output, 3); break;
-    case 2: multiply_tile(job, token, output, 2); break;
-    case 1: multiply_tile(job, token, output, 1); break;
+    case 7: multiply_tile(job, token, output, 7, vectors); break;
+    case 6: multiply_tile(job, token, output, 6, vectors); break;
+    case 5: multiply_tile(job, token, output, 5, vectors); break;
+    case 4: multiply_tile(job, token, output, 4, vectors); break;
+    case 3: multiply_tile(job, token, output, 3, vectors); break;
+    case 2: multiply_tile(job, token, output, 2, vectors); break;
+    case 1: multiply_tile(job, token, output, 1, vectors); break;
     }
+}
+
+VNNI static void multiply_vnni(const Job *job, Py_ssize_t token, Py_ssize_t end, Py_ssize_t output)
+{
+    multiply_tiles(job, token, end, output, VECTORS);
+}
+
+/* In the panels of AMX. */
+VNNI static void multiply_few(const Job *job, Py_ssize_t token, Py_ssize_t end, Py_ssize_t output)
+{
+    multiply_tiles(job, token, end, output, SQUARE / LANES);
 }
 
 AMX static void multiply_square(const Job *job, Py_ssize_t token, Py_ssize_t end, Py_ssize_t output)
@@ -192,6 +204,10 @@ AMX static void multiply_square(const Job *job, Py_ssize_t token, Py_ssize_t end
 
 AMX static void multiply_amx(const Job *job, Py_ssize_t token, Py_ssize_t end, Py_ssize_t output)
 {
+    if (job->n_tokens <= TILE) {
+        multiply_few(job, token, end, output);
+        return;
+    }
     for (; token < end; token += SQUARE)
         multiply_square(job, token, end, output);
 }
@@ -229,7 +245,7 @@ static int has_amx(void)
     unsigned int a, b, c, d;
     __cpuid_count(7, 0, a, b, c, d);
     const unsigned int tiles_of_bytes = 3u << 24;
-    return has_avx512() && (d & tiles_of_bytes) == tiles_of_bytes &&
+    return has_vnni() && (d & tiles_of_bytes) == tiles_of_bytes &&
            !syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA);
 #else
     return 0;
@@ -239,7 +255,7 @@ static int has_amx(void)
 const Instructions int8_vnni = {
     .name = "AVX-512 VNNI",
     .is_supported = has_vnni,
-    .panel = PANEL,
+    .panel = VECTORS * LANES,
     .group = 4,
     .inputs = LANES,
     .tokens = 1,
