@@ -28,6 +28,7 @@ from hf_compress.distillation.objective import (
     with_decoder_inputs,
 )
 from hf_compress.distillation.output_terms import KD, TASK, OutputSetting, chunked_values, output_values
+from hf_compress.distillation.padding import quick_collator
 from hf_compress.distillation.placement import check_whole, place_teacher
 from hf_compress.distillation.processes import ProcessesMixin, check_batches
 from hf_compress.distillation.signals import Signals
@@ -135,8 +136,8 @@ class DistillationTrainer(StageMixin, ProcessesMixin, ProjectionMixin, CardMixin
         """Batches with the cached answers of the teachers; see `Trainer.get_train_dataloader`."""
         caches = [teacher.cache for teacher in self.teachers if teacher.cache is not None]
         plain = self.data_collator
-        if caches:
-            self.data_collator = CachedCollator(plain, caches)
+        quick = quick_collator(plain)
+        self.data_collator = CachedCollator(quick, caches) if caches else quick
         try:
             loader = super().get_train_dataloader()
         finally:
@@ -326,7 +327,7 @@ class DistillationTrainer(StageMixin, ProcessesMixin, ProjectionMixin, CardMixin
             return "single_label_classification"
         config = unwrap(self.model).config
         kind = problem_type(config, labels)
-        if labels is not None:
+        if labels is not None and config.problem_type != kind:
             # As Transformers' heads do with their first labels: pipelines read it, and this head never sees labels.
             config.problem_type = kind
         return kind
