@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from hf_compress.formats.bits import pack_bits, unpack_bits
+from hf_compress.formats.int8_kernels import bytes_pay
 from hf_compress.formats.packed import PackedLinear, version
 from hf_compress.formats.products import multiply_unscaled, spoil_
 
@@ -61,8 +62,9 @@ def multiply_signs(numbers: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
     Returns:
         `torch.Tensor`: Whole numbers in float32, of shape (tokens, outputs).
     """
-    # On other devices, the product of bytes takes some sizes only; on the CPU, PyTorch's is wrong for one input.
-    if numbers.device.type != "cpu" or signs.shape[1] == 1 or not len(numbers):
+    # On other devices, the product of bytes takes some sizes only; on the CPU, PyTorch's is wrong for one input, and
+    # slow where the processor has no instructions for it.
+    if numbers.device.type != "cpu" or signs.shape[1] == 1 or not len(numbers) or not bytes_pay():
         # Below 2^24, integers in float32 are exact, in whatever order they are summed.
         with torch.autocast(numbers.device.type, enabled=False):
             return numbers @ signs.float().T

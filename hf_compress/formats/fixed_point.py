@@ -4,14 +4,13 @@ With s = 2^-n, n is the number of fraction bits: of a number in b bits, one is f
 binary point, which is written Qm.n with m = b - 1 - n. Zero is always a number of the format, exactly.
 """
 
-from functools import cache
 from typing import Literal
 
 import torch
 from torch.nn.functional import pad
 
 from hf_compress.formats.bits import pack_bits, unpack_bits
-from hf_compress.formats.int8_kernels import INT_MM, is_exact
+from hf_compress.formats.int8_kernels import bytes_pay
 
 SMALLEST_BITS, LARGEST_BITS = 2, 16
 
@@ -195,7 +194,7 @@ def multiply_integers(
     # On other devices, kernels for bytes take some sizes only; on the CPU, PyTorch's is wrong for one input. The
     # accumulator is of 32 bits.
     fits = bits <= 8 and inputs.device.type == "cpu" and n_inputs > 1 and n_inputs << 14 < 1 << 31
-    if not fits or not _bytes_are_exact():
+    if not fits or not bytes_pay():
         # Below 2^53, integers in float64 are exact, in whatever order they are summed.
         return (inputs - input_zero).double() @ (weights.double() - weight_zeros[:, None]).T
     numbers = inputs.to(torch.int8)
@@ -206,13 +205,6 @@ def multiply_integers(
     if input_zero.any():
         products -= weights.sum(-1) * input_zero
     return products
-
-
-@cache
-def _bytes_are_exact() -> bool:
-    """Whether this processor multiplies bytes without clipping, see `is_exact`."""
-    with torch.no_grad(), torch.inference_mode(False):
-        return is_exact(INT_MM, "cpu")
 
 
 def _up_to_bfloat16(values: torch.Tensor) -> torch.Tensor:

@@ -42,7 +42,7 @@ def kernel_for(device_type: str) -> Kernel:
     """
     with torch.no_grad(), torch.inference_mode(False):
         found = next((kernel for kernel in CANDIDATES.get(device_type, ()) if is_exact(kernel, device_type)), None)
-        if found is INT_MM and not is_faster(found, FLOAT32):
+        if found is INT_MM and not bytes_pay():
             found = None
     if found is None:
         logger.warning(
@@ -82,6 +82,17 @@ def is_exact(kernel: Kernel, device_type: str) -> bool:
         logger.info("%s cannot be used: %s", kernel.name, error)
         return False
     return True
+
+
+@cache
+def bytes_pay() -> bool:
+    """Whether PyTorch's own product of bytes on the CPU, `torch._int_mm`, is exact and faster than one in float32.
+
+    Returns:
+        `bool`: Found out once.
+    """
+    with torch.no_grad(), torch.inference_mode(False):
+        return is_exact(INT_MM, "cpu") and is_faster(INT_MM, FLOAT32)
 
 
 def is_faster(kernel: Kernel, other: Kernel) -> bool:

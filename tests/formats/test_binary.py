@@ -5,7 +5,9 @@ import copy
 import pytest
 import torch
 
+from hf_compress.formats import binary
 from hf_compress.formats.binary import BinaryLinear, binary_rows, input_levels, round_inputs
+from hf_compress.formats.int8_kernels import INT_MM, is_exact
 
 FIELDS = [{"activations": bits, "signed": signed} for bits in (1, 2, 4, 8) for signed in (True, False)]
 EVERY = [*FIELDS, {"activations": 32}]
@@ -63,6 +65,16 @@ def test_the_product_is_that_of_integers(fields, n_inputs):
             total = sum(int(number) * int(sign) for number, sign in zip(numbers[place], signs[channel], strict=True))
             expected = total * (module.input_scale * module.weight_scale[channel]) + module.bias[channel]
             assert outputs[place][channel] == expected
+
+
+@pytest.mark.skipif(not is_exact(INT_MM, "cpu"), reason="this processor clips sums of bytes")
+@pytest.mark.parametrize("fields", FIELDS)
+def test_the_product_is_the_same_whether_bytes_pay_or_not(fields, monkeypatch):
+    module, hidden, found = make(fields, 300), random(7, 300), []
+    for pays in (True, False):
+        monkeypatch.setattr(binary, "bytes_pay", lambda pays=pays: pays)
+        found.append(module(hidden))
+    assert torch.equal(*found)
 
 
 def bits_and_sign(fields: dict) -> dict:

@@ -21,6 +21,7 @@ from hf_compress.formats.int8_kernels import (
     FLOAT32,
     INT_MM_CUDA,
     Kernel,
+    bytes_pay,
     is_exact,
     kernel_for,
 )
@@ -145,11 +146,14 @@ def test_a_product_of_integers_slower_than_float32_is_not_used(is_slow, monkeypa
     name = "INT_MM" if is_slow else "FLOAT32"
     monkeypatch.setattr(int8_kernels, name, waiting(getattr(int8_kernels, name)))
     monkeypatch.setitem(CANDIDATES, "cpu", (int8_kernels.INT_MM,))
-    kernel_for.cache_clear()
+    for found_out in (kernel_for, bytes_pay):
+        found_out.cache_clear()
     try:
         assert kernel_for("cpu") is (int8_kernels.FLOAT32 if is_slow else int8_kernels.INT_MM)
+        assert bytes_pay() is not is_slow
     finally:
-        kernel_for.cache_clear()
+        for found_out in (kernel_for, bytes_pay):
+            found_out.cache_clear()
 
 
 def test_other_devices_multiply_in_float32(caplog):
