@@ -6,7 +6,11 @@
    for their integers, two for weights; few tokens would leave them empty, and are multiplied by VNNI. */
 
 #include "int8.h"
-#ifdef __linux__
+
+#if defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11
+#define KNOWS_AMX /* the compiler */
+#endif
+#if defined(__linux__) && defined(KNOWS_AMX)
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -162,6 +166,8 @@ VNNI static void multiply_vnni(const Job *job, Py_ssize_t token, Py_ssize_t end,
     multiply_tiles(job, token, end, output, VECTORS);
 }
 
+#ifdef KNOWS_AMX
+
 /* In the panels of AMX. */
 VNNI static void multiply_few(const Job *job, Py_ssize_t token, Py_ssize_t end, Py_ssize_t output)
 {
@@ -230,6 +236,8 @@ AMX static void configure_tiles(void)
 /* The state of threads whose tiles are in use takes 8 KB more to save. */
 AMX static void release_tiles(void) { _tile_release(); }
 
+#endif
+
 static int has_avx512(void)
 {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
@@ -239,7 +247,7 @@ static int has_vnni(void) { return has_avx512() && __builtin_cpu_supports("avx51
 
 static int has_amx(void)
 {
-#ifdef __linux__
+#if defined(__linux__) && defined(KNOWS_AMX)
     /* A process has to ask for the tiles, which also tells whether the processor and the kernel have them. */
     enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 };
     unsigned int a, b, c, d;
@@ -276,8 +284,10 @@ const Instructions int8_amx = {
     .size = 1,
     .chunk = 8 * SQUARE,
     .few = 4e6,
+#ifdef KNOWS_AMX
     .begin = configure_tiles,
     .end = release_tiles,
     .round_token = round_token,
     .multiply = multiply_amx,
+#endif
 };
