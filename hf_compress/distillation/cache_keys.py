@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -43,13 +44,13 @@ def example_keys(columns: Mapping[str, torch.Tensor], masks: Mapping[str, torch.
     for name in sorted(columns):
         tensor = columns[name].contiguous()
         header, values = f"{name}:{tensor.dtype}:".encode(), tensor.numpy()
-        row_bytes, everything = values[:1].nbytes, values.tobytes()
-        places = range(0, len(everything), row_bytes)
+        everything, size = values.tobytes(), values.itemsize * math.prod(values.shape[2:])
+        row_bytes = size * math.prod(values.shape[1:2])
+        places = [row_bytes * row for row in range(len(values))]
         if name in masks:
             mask = masks[name]
             if id(mask) not in known:
                 known[id(mask)] = _real_parts(mask.numpy())
-            size = row_bytes // values.shape[1]
             rows = [
                 everything[place + size * start : place + size * end]
                 for place, (start, end) in zip(places, known[id(mask)], strict=True)
