@@ -101,9 +101,9 @@ class BinaryLinear(PackedLinear):
     no other.
 
     On disk a weight takes one bit; in the first forward pass, the signs are unpacked to a byte each and kept beside
-    the bits. They are multiplied as bytes because that is what PyTorch has a fast product for: XOR and popcount on
-    packed words, by NumPy, took 8 to 26 times as long on a CPU with AVX512-VNNI. One bit therefore saves storage and
-    the way to the machine; it is not faster than the format int8.
+    the bits. They are multiplied as bytes, or in float32 where that is faster, because that is what PyTorch has fast
+    products for: XOR and popcount on packed words, by NumPy, took 8 to 26 times as long on a CPU with AVX512-VNNI. One
+    bit therefore saves storage and the way to the machine; it is not faster than the format int8.
     """
 
     format = "binary"
