@@ -6,10 +6,12 @@ import random
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from hf_compress.distillation.arguments import DistillationArguments
 from hf_compress.jobs.distill import DistillJob, distill
+from hf_compress.modeling.half import is_fast
 from hf_compress.report.report import show_report
 
 logger = logging.getLogger(__name__)
@@ -101,7 +103,7 @@ def run_demo(output: Path, seed: int = 0, overwrite: bool = False) -> dict[str, 
         learning_rate=2e-4,
         warmup_steps=0.06,
         weight_decay=0.01,
-        bf16=True,
+        bf16=is_fast(torch.device("cpu"), "bf16"),
         use_cpu=True,
         seed=seed,
         logging_steps=20,

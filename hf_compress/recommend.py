@@ -13,9 +13,9 @@ from transformers.utils import is_bitsandbytes_available
 
 from hf_compress.evaluation.cost import saved_bytes
 from hf_compress.evaluation.latency import Conditions, compare_latency
+from hf_compress.modeling.half import is_fast
 from hf_compress.modeling.tasks import unwrap
 from hf_compress.quantization.config import FloatConfig, Int8DynamicConfig
-from hf_compress.quantization.float import is_fast
 from hf_compress.quantization.modules import check_float
 from hf_compress.quantization.quantize import quantize
 

@@ -48,7 +48,7 @@ ALLOWED = {
     "hub": {"__init__", "recipe", "report"},
     "jobs": BASE | STEPS | {"__init__", "evaluation", "hub", "recipe", "recommend", "report"},
     "pipeline": BASE | STEPS | {"__init__", "evaluation", "hub", "jobs", "recipe", "report"},
-    "demo": {"distillation.arguments", "jobs", "report"},
+    "demo": {"distillation.arguments", "jobs", "modeling.half", "report"},
     "cli": CONFIGS | {"__init__", "demo", "hub", "jobs", "modeling.launch", "pipeline", "recipe", "report"},
     "__init__": {"checkpoint"},  # the public names are served lazily, from strings
 }

@@ -1,6 +1,7 @@
 """What can be chosen about a distillation: its terms, its stages, and the training arguments that carry them."""
 
 import json
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -11,6 +12,9 @@ from transformers import TrainingArguments
 from hf_compress.distillation.efficiency import check_dropout
 from hf_compress.distillation.layer_map import LayerMap
 from hf_compress.distillation.schedules import Schedule, check_schedule
+from hf_compress.modeling.half import is_fast
+
+logger = logging.getLogger(__name__)
 
 Divergence = Literal["auto", "forward_kl", "reverse_kl", "jensen_shannon", "cross_entropy", "mse", "cosine"]
 TermKind = Literal[
@@ -294,6 +298,13 @@ class DistillationArguments(TrainingArguments):
             )
         if self.dropout is not None:
             check_dropout(self.dropout)
+        for name in ("bf16", "fp16"):
+            if getattr(self, name) and not is_fast(self.device, name):
+                logger.warning(
+                    "%s=True, but this CPU has no instructions for it, and a step takes up to 50 times as long as in "
+                    "float32: leave it out here.",
+                    name,
+                )
         if self.plain_attention not in ("off", "auto", "on"):
             raise ValueError(f"plain_attention={self.plain_attention!r} is unknown: give off, auto or on.")
         if self.log_gradient_shares and self.logging_strategy != "steps":

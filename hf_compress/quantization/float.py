@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_compress.formats.packed import PackedEmbedding, PackedModule
+from hf_compress.modeling.half import FAST_INSTRUCTIONS, is_fast
 from hf_compress.modeling.surgery import configs
 from hf_compress.quantization.config import FloatConfig
 from hf_compress.quantization.modules import check_float, stays_float32
@@ -15,8 +16,6 @@ from hf_compress.quantization.modules import check_float, stays_float32
 logger = logging.getLogger(__name__)
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# Instructions of x86 and Arm that multiply matrices of the type, as `torch.cpu.get_capabilities` calls them.
-_FAST = {"bf16": ("avx512_bf16", "amx_bf16", "bf16"), "fp16": ("avx512_fp16", "amx_fp16", "fp16_arith")}
 
 
 def cast_(model: PreTrainedModel, config: FloatConfig, data: None = None) -> None:
@@ -99,20 +98,6 @@ def _check_range(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
         )
 
 
-def is_fast(device: torch.device, name: str) -> bool:
-    """Whether a device multiplies matrices of a 16-bit type by instructions of its own.
-
-    Args:
-        device (`torch.device`): A CPU, or an accelerator, of which it is taken for granted.
-        name (`Literal["bf16", "fp16"]`): The type.
-
-    Returns:
-        `bool`: Without such instructions, a CPU takes many times as long as in float32.
-    """
-    capabilities = torch.cpu.get_capabilities()
-    return device.type != "cpu" or any(capabilities.get(feature) for feature in _FAST[name])
-
-
 def _warn_if_slow(device: torch.device, name: str) -> None:
     if not is_fast(device, name):
         logger.warning(
@@ -120,5 +105,5 @@ def _warn_if_slow(device: torch.device, name: str) -> None:
             "float32 to run the model here, or quantize it to Int8DynamicConfig; the files are half as large in any "
             "case.",
             name,
-            ", ".join(_FAST[name]),
+            ", ".join(FAST_INSTRUCTIONS[name]),
         )

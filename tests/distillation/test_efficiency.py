@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
+from hf_compress.distillation.arguments import DistillationArguments
 from hf_compress.distillation.efficiency import (
     attention_as_products,
     check_dropout,
@@ -197,3 +198,14 @@ def test_plain_attention_pays_in_bfloat16_alone():
 def test_a_dropout_that_is_no_probability_raises(probability):
     with pytest.raises(ValueError, match="dropout="):
         check_dropout(probability)
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp16"])
+@pytest.mark.parametrize("features", [{}, {"avx2": True}, {"amx_bf16": True, "avx512_fp16": True}])
+def test_sixteen_bits_without_instructions_for_them_warn(name, features, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
+    DistillationArguments(output_dir=str(tmp_path), use_cpu=True, **{name: True})
+    assert (f"{name}=True, but this CPU" in caplog.text) is (len(features) < 2)
+    caplog.clear()
+    DistillationArguments(output_dir=str(tmp_path), use_cpu=True)
+    assert not caplog.records
