@@ -106,10 +106,12 @@ def is_faster(kernel: Kernel, other: Kernel) -> bool:
     Returns:
         `bool`: By the fastest of three products of 64 tokens each.
     """
-    weight, tokens = torch.ones(256, 256, dtype=torch.int8, device="cpu"), torch.ones(64, 256, device="cpu")
+    # Where this is asked, another device or dtype may be the default.
+    tokens = torch.ones(64, 256, dtype=torch.float32, device="cpu")
+    weight, scales = torch.ones(256, 256, dtype=torch.int8, device="cpu"), torch.ones_like(tokens[0])
     seconds = []
     for one in (kernel, other):
-        project, times = one.prepare(weight, torch.ones(256, device="cpu")), []
+        project, times = one.prepare(weight, scales), []
         for _ in range(3):
             start = time.perf_counter()
             project(tokens.clone(), None)
