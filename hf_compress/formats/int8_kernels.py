@@ -84,7 +84,9 @@ def is_exact(kernel: Kernel, device_type: str) -> bool:
     return True
 
 
+# torch.compile sees through a cache, and would trace the clock.
 @cache
+@torch.compiler.assume_constant_result
 def bytes_pay() -> bool:
     """Whether PyTorch's own product of bytes on the CPU, `torch._int_mm`, is exact and faster than one in float32.
 
